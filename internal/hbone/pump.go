@@ -1,0 +1,144 @@
+package hbone
+
+import (
+	"io"
+
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/fairlead-mesh/fairlead/internal/hbone/machine"
+)
+
+// The driver's side of a Stream. Drivers call these with their own lock held or from their own goroutine; the stream's
+// lock is always the inner one.
+
+// deliver queues bytes of the peer for Read. It says false when nobody will read them.
+func (s *Stream) deliver(p []byte, end bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rerr != nil {
+		return len(p) == 0
+	}
+	if len(p) > 0 {
+		// Small pieces share a chunk, so that a peer that sends byte by byte does not cost a slice for each.
+		if n := len(s.rq); n > 0 && cap(s.rq[n-1])-len(s.rq[n-1]) >= len(p) {
+			s.rq[n-1] = append(s.rq[n-1], p...)
+		} else {
+			s.rq = append(s.rq, append(make([]byte, 0, max(512, len(p))), p...))
+		}
+	}
+	if end {
+		s.rerr = io.EOF
+	}
+	s.readable.Broadcast()
+	return true
+}
+
+// answered is the peer's answer to the CONNECT.
+func (s *Stream) answered(status int, header []hpack.HeaderField) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status, s.header = status, header
+	s.writable.Broadcast()
+}
+
+// awaitAnswer waits for answered or the stream's end.
+func (s *Stream) awaitAnswer() (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.status == 0 && s.werr == nil {
+		s.writable.Wait()
+	}
+	if s.status == 0 {
+		return 0, s.werr
+	}
+	return s.status, nil
+}
+
+// end is called when the machine is done with the stream; err nil means that both directions ended in order. Bytes that
+// came before stay readable unless the stream was reset.
+func (s *Stream) end(err error) {
+	s.mu.Lock()
+	if s.over {
+		s.mu.Unlock()
+		return
+	}
+	s.over = true
+	if err != nil {
+		if s.cause != nil {
+			err = s.cause
+		}
+		s.rq, s.wq = nil, nil
+		if s.rerr != ErrClosed {
+			s.rerr = err
+		}
+		s.werr = err
+	} else if s.werr == nil {
+		s.werr = ErrClosed
+	}
+	s.readable.Broadcast()
+	s.writable.Broadcast()
+	onEnd, cancel := s.onEnd, s.cancel
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	if onEnd != nil {
+		onEnd()
+	}
+}
+
+// pump moves what the stream wants into the machine and its payload behind frame headers in out, at most room bytes of
+// it; it returns out. more says that the stream has output left although its window is open.
+func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
+	s.mu.Lock()
+	ms := s.ms
+	if s.credit > 0 {
+		ms.Consumed(s.credit)
+		s.credit = 0
+	}
+	if s.cut {
+		s.cut = false
+		s.mu.Unlock()
+		ms.Reset(s.cutCode)
+		s.end(&ResetError{Code: s.cutCode})
+		return out, false
+	}
+	if ms.Gone() || !s.mayWrite() {
+		s.mu.Unlock()
+		return out, false
+	}
+	s.blocked = false
+	for len(s.wq) > 0 {
+		n := min(len(s.wq), ms.Budget())
+		if n == 0 {
+			s.blocked = true
+			break
+		}
+		if n = min(n, room); n <= 0 {
+			more = true
+			break
+		}
+		at := len(out)
+		out = append(out, make([]byte, machine.HeaderLen)...)
+		ms.DataHeader(out[at:], n, false)
+		out = append(out, s.wq[:n]...)
+		if s.wq = s.wq[n:]; len(s.wq) == 0 {
+			s.wq = nil
+		}
+		room -= n
+	}
+	if len(s.wq) == 0 && s.wfin && !ms.SentEnd() {
+		at := len(out)
+		out = append(out, make([]byte, machine.HeaderLen)...)
+		ms.DataHeader(out[at:], 0, true)
+	}
+	s.writable.Broadcast()
+	s.mu.Unlock()
+	if ms.Gone() {
+		s.end(nil)
+	}
+	return out, more
+}
+
+// mayWrite says that DATA may be sent: the CONNECT was answered.
+func (s *Stream) mayWrite() bool { return s.status/100 == 2 }

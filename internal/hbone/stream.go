@@ -1,0 +1,282 @@
+package hbone
+
+import (
+	"crypto/tls"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/fairlead-mesh/fairlead/internal/hbone/machine"
+	"github.com/fairlead-mesh/fairlead/internal/relay"
+)
+
+// sendBuffer is how much Write keeps ahead of the tunnel, in bytes.
+const sendBuffer = 64 << 10
+
+// Stream is one CONNECT stream, on either side: a net.Conn with half close and reset. It is used in one of two ways:
+// Read and Write (any goroutine), or one call of Relay, after which Read and Write must not be called. Close, Abort,
+// Reset and Counters may be called at any time from any goroutine.
+type Stream struct {
+	t    carrier
+	conn *connInfo
+
+	sent, received atomic.Int64 // application bytes taken from Write or the relayed socket; given to Read or it
+
+	mu       sync.Mutex
+	readable sync.Cond // rq, rerr, rdeadline
+	writable sync.Cond // wq, werr, wdeadline, answer
+	rq       [][]byte
+	rerr     error // what Read returns when rq is empty
+	wq       []byte
+	wlim     int   // Write waits while wq is this long
+	werr     error // what Write returns
+	wfin     bool  // CloseWrite was called
+	credit   int   // bytes Read has taken and the driver has not yet told the machine
+	cut      bool  // a reset is wanted
+	cutCode  uint32
+	status   int // answer to the CONNECT (client), 0 = none yet
+	header   []hpack.HeaderField
+	cause    error // of Abort
+	rdl, wdl deadline
+	over     bool
+	onEnd    func()
+
+	ms      *machine.Stream // owned by the driver
+	queued  bool            // owned by the driver: on its list of streams to pump
+	blocked bool            // owned by the driver: has output that the windows do not let out
+	cancel  func()          // ends Incoming.Context
+}
+
+// carrier is what a stream asks of its driver.
+type carrier interface {
+	poke(s *Stream) // s has output, credit to give back or a wish (half close, reset)
+	relay(s *Stream, app *net.TCPConn, done func(relay.Result))
+}
+
+// connInfo is what the streams of one tunnel have in common.
+type connInfo struct {
+	local, remote net.Addr
+	tls           *tls.ConnectionState
+}
+
+func newStream(t carrier, info *connInfo) *Stream {
+	s := &Stream{t: t, conn: info, wlim: sendBuffer}
+	s.readable.L, s.writable.L = &s.mu, &s.mu
+	return s
+}
+
+var _ net.Conn = (*Stream)(nil)
+
+// Read fills p with bytes that the peer sent. After the peer's half close it returns io.EOF, after a reset a *ResetError.
+func (s *Stream) Read(p []byte) (int, error) {
+	s.mu.Lock()
+	for len(s.rq) == 0 && s.rerr == nil && !s.rdl.passed() && len(p) > 0 {
+		s.readable.Wait()
+	}
+	n := 0
+	for n < len(p) && len(s.rq) > 0 {
+		k := copy(p[n:], s.rq[0])
+		n += k
+		if s.rq[0] = s.rq[0][k:]; len(s.rq[0]) == 0 {
+			s.rq[0] = nil
+			s.rq = s.rq[1:]
+		}
+	}
+	if n > 0 || len(p) == 0 {
+		s.credit += n
+		// The driver is told at once only when the window gets short; small rests ride along with the next poke.
+		tell := s.credit >= streamWindow/8
+		s.mu.Unlock()
+		s.received.Add(int64(n))
+		if tell {
+			s.t.poke(s)
+		}
+		return n, nil
+	}
+	err := s.rerr
+	if err == nil {
+		err = os.ErrDeadlineExceeded
+	}
+	s.mu.Unlock()
+	return 0, err
+}
+
+// Write queues p for the peer; it waits while the peer's windows are closed and the stream's own buffer is full.
+func (s *Stream) Write(p []byte) (int, error) {
+	total := 0
+	for {
+		s.mu.Lock()
+		for len(s.wq) >= s.wlim && s.werr == nil && !s.wfin && !s.wdl.passed() {
+			s.writable.Wait()
+		}
+		if err := s.writeError(); err != nil {
+			s.mu.Unlock()
+			return total, err
+		}
+		n := min(len(p), s.wlim-len(s.wq))
+		s.wq = append(s.wq, p[:n]...)
+		s.mu.Unlock()
+		s.sent.Add(int64(n))
+		total += n
+		p = p[n:]
+		if n > 0 {
+			s.t.poke(s)
+		}
+		if len(p) == 0 {
+			return total, nil
+		}
+	}
+}
+
+func (s *Stream) writeError() error {
+	switch {
+	case s.werr != nil:
+		return s.werr
+	case s.wfin:
+		return ErrClosed
+	case s.wdl.passed():
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// CloseWrite ends this side's direction (END_STREAM) after what was written; the other direction goes on.
+func (s *Stream) CloseWrite() error {
+	s.mu.Lock()
+	if s.werr != nil || s.wfin {
+		err := s.werr
+		s.mu.Unlock()
+		return err
+	}
+	s.wfin = true
+	s.writable.Broadcast()
+	s.mu.Unlock()
+	s.t.poke(s)
+	return nil
+}
+
+// Close gives the stream up: what was written is still sent and the direction ended; bytes of the peer that were not
+// read, or come later, reset the stream, as closing a TCP socket would.
+func (s *Stream) Close() error {
+	s.mu.Lock()
+	if len(s.rq) > 0 && !s.cut {
+		s.cut, s.cutCode = true, machine.CodeCancel
+	}
+	if s.rerr == nil || len(s.rq) > 0 {
+		s.rerr = ErrClosed
+	}
+	s.rq = nil
+	s.wfin = true
+	s.readable.Broadcast()
+	s.writable.Broadcast()
+	s.mu.Unlock()
+	s.t.poke(s)
+	return nil
+}
+
+// Reset ends both directions at once: RST_STREAM(CANCEL), which the application behind the peer sees as a TCP RST.
+func (s *Stream) Reset() { s.Abort(ErrAborted) }
+
+// Abort is Reset with a reason: Read, Write and the Result of a relay give err. A relayed application socket is reset
+// too. This is how a live connection is cut when a policy change says so.
+func (s *Stream) Abort(err error) {
+	if err == nil {
+		err = ErrAborted
+	}
+	s.mu.Lock()
+	if s.over || s.cut {
+		s.mu.Unlock()
+		return
+	}
+	s.cut, s.cutCode, s.cause = true, machine.CodeCancel, err
+	s.rq, s.wq = nil, nil
+	s.rerr, s.werr = err, err
+	s.readable.Broadcast()
+	s.writable.Broadcast()
+	s.mu.Unlock()
+	s.t.poke(s)
+}
+
+// resetQuietly is Reset without a cause, so that the error of the socket is what a relay reports.
+func (s *Stream) resetQuietly() {
+	s.mu.Lock()
+	if !s.over && !s.cut {
+		s.cut, s.cutCode = true, machine.CodeCancel
+	}
+	s.mu.Unlock()
+	s.t.poke(s)
+}
+
+// Relay gives the stream and app to each other and returns at once; both are owned by the relay from now on. Half close
+// and RST are passed on in both directions. With the loop driver no goroutine is kept per connection. done is called
+// once, when both directions have ended, and must not block for long: it runs on the event loop.
+func (s *Stream) Relay(app *net.TCPConn, done func(relay.Result)) { s.t.relay(s, app, done) }
+
+// Counters reads the application bytes so far: sent into the stream and received from it. It may be called at any time.
+func (s *Stream) Counters() (sent, received int64) { return s.sent.Load(), s.received.Load() }
+
+// ConnectionState is the tunnel's TLS state: the peer's certificates, suite and curve. It must not be changed.
+func (s *Stream) ConnectionState() *tls.ConnectionState { return s.conn.tls }
+
+// ResponseHeader is the header of the peer's 2xx answer (client side), without :status.
+func (s *Stream) ResponseHeader() []hpack.HeaderField { return s.header }
+
+// LocalAddr is this side's address of the tunnel's TCP connection.
+func (s *Stream) LocalAddr() net.Addr { return s.conn.local }
+
+// RemoteAddr is the peer proxy's address of the tunnel's TCP connection.
+func (s *Stream) RemoteAddr() net.Addr { return s.conn.remote }
+
+// SetDeadline sets both deadlines; the zero time means none.
+func (s *Stream) SetDeadline(t time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rdl.set(t, &s.readable)
+	s.wdl.set(t, &s.writable)
+	return nil
+}
+
+// SetReadDeadline sets when a waiting Read gives up with os.ErrDeadlineExceeded.
+func (s *Stream) SetReadDeadline(t time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rdl.set(t, &s.readable)
+	return nil
+}
+
+// SetWriteDeadline sets when a waiting Write gives up with os.ErrDeadlineExceeded.
+func (s *Stream) SetWriteDeadline(t time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wdl.set(t, &s.writable)
+	return nil
+}
+
+// deadline is one direction's; the stream's lock guards it.
+type deadline struct {
+	at    time.Time
+	timer *time.Timer
+}
+
+func (d *deadline) passed() bool { return !d.at.IsZero() && !time.Now().Before(d.at) }
+
+func (d *deadline) set(t time.Time, c *sync.Cond) {
+	if d.timer != nil {
+		d.timer.Stop()
+		d.timer = nil
+	}
+	d.at = t
+	if !t.IsZero() {
+		// Taking the lock keeps the wake-up from falling between a waiter's check and its Wait.
+		d.timer = time.AfterFunc(time.Until(t), func() {
+			c.L.Lock()
+			defer c.L.Unlock()
+			c.Broadcast()
+		})
+	}
+	c.Broadcast()
+}
