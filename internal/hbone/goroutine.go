@@ -102,6 +102,9 @@ func (t *goTunnel) connect(s *Stream, req *Request) {
 		s.end(&TunnelError{Err: t.err})
 		return
 	}
+	if s.givenUp() {
+		return
+	}
 	ms, err := t.m.Connect(req.Authority, req.Header)
 	switch {
 	case errors.Is(err, machine.ErrFull):

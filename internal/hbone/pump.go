@@ -54,6 +54,17 @@ func (s *Stream) awaitAnswer() (int, error) {
 	return s.status, nil
 }
 
+// givenUp says that the stream was given up before its CONNECT was sent, and ends it then.
+func (s *Stream) givenUp() bool {
+	s.mu.Lock()
+	up := s.cut || s.over
+	s.mu.Unlock()
+	if up {
+		s.end(&ResetError{Code: machine.CodeCancel})
+	}
+	return up
+}
+
 // end is called when the machine is done with the stream; err nil means that both directions ended in order. Bytes that
 // came before stay readable unless the stream was reset.
 func (s *Stream) end(err error) {
