@@ -1,0 +1,334 @@
+package zds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/api/zds"
+)
+
+// proxy records what its agent says.
+type proxy struct {
+	mu     sync.Mutex
+	pods   map[string]string // uid to what the descriptor reads
+	said   []string
+	refuse error
+	event  chan struct{}
+}
+
+func newProxy() *proxy { return &proxy{pods: map[string]string{}, event: make(chan struct{}, 100)} }
+
+func (p *proxy) note(format string, args ...any) {
+	p.said = append(p.said, fmt.Sprintf(format, args...))
+	p.event <- struct{}{}
+}
+
+func (p *proxy) Add(_ context.Context, w Workload) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer w.Netns.Close()
+	content := make([]byte, 100)
+	n, err := w.Netns.ReadAt(content, 0)
+	if n == 0 {
+		return err
+	}
+	p.note("add %s %s/%s %s %s", w.UID, w.Namespace, w.Name, w.ServiceAccount, content[:n])
+	if p.refuse != nil {
+		return p.refuse
+	}
+	p.pods[w.UID] = string(content[:n])
+	return nil
+}
+
+func (p *proxy) Delete(uid string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.pods, uid)
+	p.note("delete %s", uid)
+	return nil
+}
+
+func (p *proxy) Snapshot(named map[string]struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.pods, func(uid, _ string) bool { _, ok := named[uid]; return !ok })
+	p.note("snapshot %v", slices.Sorted(maps.Keys(named)))
+}
+
+func (p *proxy) heard(t *testing.T, want ...string) {
+	t.Helper()
+	deadline := time.After(5 * time.Second)
+	for {
+		p.mu.Lock()
+		said := slices.Clone(p.said)
+		p.mu.Unlock()
+		if len(said) >= len(want) {
+			if diff := cmp.Diff(want, said); diff != "" {
+				t.Fatalf("the proxy heard (-want +got):\n%s", diff)
+			}
+			return
+		}
+		select {
+		case <-p.event:
+		case <-deadline:
+			t.Fatalf("the proxy heard %q, want %q", said, want)
+		}
+	}
+}
+
+// agent starts a server on a socket of its own.
+func agent(t *testing.T) (s *Server, socket string, stop func()) {
+	t.Helper()
+	s = NewServer(zaptest.NewLogger(t))
+	socket = filepath.Join(t.TempDir(), "z.sock")
+	return s, socket, serve(t, s, socket)
+}
+
+func serve(t *testing.T, s *Server, socket string) func() {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, socket) }()
+	var once sync.Once
+	stop := func() {
+		once.Do(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Cleanup(stop)
+	for {
+		if _, err := os.Stat(socket); err == nil {
+			return stop
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// connect runs a client until the test or stop ends it.
+func connect(t *testing.T, socket string, h Handler) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c := &Client{Socket: socket, Handler: h, Log: zaptest.NewLogger(t)}
+		if err := c.Run(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("client ended: %v", err)
+		}
+	}()
+	var once sync.Once
+	stop = func() { once.Do(func() { cancel(); <-done }) }
+	t.Cleanup(stop)
+	return stop
+}
+
+// stand makes a file that stands for a network namespace.
+func stand(t *testing.T, content string) *os.File {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "netns")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func within(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func TestAddDeleteSnapshot(t *testing.T) {
+	s, socket, _ := agent(t)
+	web := Workload{UID: "u1", Name: "web", Namespace: "shop", ServiceAccount: "w", Netns: stand(t, "ns1")}
+	p := newProxy()
+	added := make(chan error, 1)
+	go func() { added <- s.Add(within(t), web) }()
+	connect(t, socket, p)
+	if err := <-added; err != nil {
+		t.Fatal(err)
+	}
+	s.Keep("u9")
+	p.heard(t, "add u1 shop/web w ns1")
+	s.Synced()
+	p.heard(t, "add u1 shop/web w ns1", "snapshot [u1]")
+	if err := s.Delete(within(t), "u1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(within(t), "never there"); err != nil {
+		t.Fatal(err)
+	}
+	p.heard(t, "add u1 shop/web w ns1", "snapshot [u1]", "delete u1")
+}
+
+func TestSnapshotNamesWhatIsKept(t *testing.T) {
+	s, socket, _ := agent(t)
+	s.Keep("u9")
+	s.Synced()
+	p := newProxy()
+	connect(t, socket, p)
+	p.heard(t, "snapshot [u9]")
+}
+
+func TestRefusalReachesTheAgent(t *testing.T) {
+	s, socket, _ := agent(t)
+	p := newProxy()
+	p.refuse = errors.New("no room")
+	connect(t, socket, p)
+	err := s.Add(within(t), Workload{UID: "u1", Name: "web", Namespace: "shop", Netns: stand(t, "ns1")})
+	if err == nil || !strings.Contains(err.Error(), "refused pod shop/web: no room") {
+		t.Errorf("error %v", err)
+	}
+	p.mu.Lock()
+	p.refuse = nil
+	p.mu.Unlock()
+	if err := s.Add(within(t), Workload{UID: "u1", Name: "web", Namespace: "shop", Netns: stand(t, "ns1")}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAddWithoutProxyWaits(t *testing.T) {
+	s, _, _ := agent(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	err := s.Add(ctx, Workload{UID: "u1", Name: "web", Namespace: "shop", Netns: stand(t, "ns1")})
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no node proxy is connected") {
+		t.Errorf("error %v", err)
+	}
+	if err := s.Add(t.Context(), Workload{UID: "u2"}); err == nil {
+		t.Error("a pod without a network namespace was taken")
+	}
+}
+
+func TestReconnectAfterTheAgentRestarted(t *testing.T) {
+	first, socket, stop := agent(t)
+	p := newProxy()
+	connect(t, socket, p)
+	for _, uid := range []string{"u1", "u2"} {
+		if err := first.Add(within(t), Workload{UID: uid, Name: uid, Namespace: "shop", Netns: stand(t, uid)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	second := NewServer(zaptest.NewLogger(t))
+	second.Keep("u1")
+	second.Synced()
+	serve(t, second, socket)
+	p.heard(t, "add u1 shop/u1  u1", "add u2 shop/u2  u2", "snapshot [u1]")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if diff := cmp.Diff(map[string]string{"u1": "u1"}, p.pods); diff != "" {
+		t.Errorf("pods left (-want +got):\n%s", diff)
+	}
+}
+
+func TestTwoProxiesAtOnce(t *testing.T) {
+	s, socket, _ := agent(t)
+	s.Synced()
+	var mu sync.Mutex
+	var peers []bool
+	s.OnPeer(func(pid int, up bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		if pid != os.Getpid() {
+			t.Errorf("peer has pid %d, want %d", pid, os.Getpid())
+		}
+		peers = append(peers, up)
+	})
+	old, young := newProxy(), newProxy()
+	stopOld := connect(t, socket, old)
+	old.heard(t, "snapshot []")
+	connect(t, socket, young)
+	young.heard(t, "snapshot []")
+	old.mu.Lock()
+	old.refuse = errors.New("leaving")
+	old.mu.Unlock()
+	if err := s.Add(within(t), Workload{UID: "u1", Name: "web", Namespace: "shop", Netns: stand(t, "ns1")}); err != nil {
+		t.Errorf("the newest proxy accepted, but: %v", err)
+	}
+	if n := len(s.Peers()); n != 2 {
+		t.Errorf("%d peers, want 2", n)
+	}
+	stopOld()
+	if err := s.Delete(within(t), "u1"); err != nil {
+		t.Error(err)
+	}
+	young.heard(t, "snapshot []", "add u1 shop/web  ns1", "delete u1")
+	for start := time.Now(); time.Since(start) < 5*time.Second; time.Sleep(time.Millisecond) {
+		mu.Lock()
+		n := len(peers)
+		mu.Unlock()
+		if n == 3 {
+			break
+		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if diff := cmp.Diff([]bool{true, true, false}, peers); diff != "" {
+		t.Errorf("comings and goings (-want +got):\n%s", diff)
+	}
+}
+
+// TestHostilePeers: whoever does not speak the protocol is disconnected, and nobody else is harmed.
+func TestHostilePeers(t *testing.T) {
+	s, socket, _ := agent(t)
+	s.Synced()
+	good := newProxy()
+	connect(t, socket, good)
+	good.heard(t, "snapshot []")
+	netns := stand(t, "ns1")
+	for _, tc := range []struct {
+		name  string
+		speak func(conn *net.UnixConn) error
+	}{
+		{"no greeting, garbage", func(c *net.UnixConn) error { _, err := c.Write([]byte("\xff\xff\xff\xff")); return err }},
+		{"unknown version", func(c *net.UnixConn) error { return send(c, &zds.ZdsHello{Version: 7}, -1) }},
+		{"too long", func(c *net.UnixConn) error { _, err := c.Write(make([]byte, maxMessage+1)); return err }},
+		{"descriptors nobody asked for", func(c *net.UnixConn) error {
+			fd := int(netns.Fd())
+			_, _, err := c.WriteMsgUnix([]byte("\xff"), unix.UnixRights(fd, fd, fd, fd, fd, fd, fd, fd, fd, fd), nil)
+			return err
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: socket, Net: "unixpacket"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if err := tc.speak(conn); err != nil {
+				t.Fatal(err)
+			}
+			conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if n, err := conn.Read(make([]byte, 100)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("read %d bytes, %v: want to be disconnected", n, err)
+			}
+		})
+	}
+	if n := len(s.Peers()); n != 1 {
+		t.Errorf("%d peers, want the good one only", n)
+	}
+}
