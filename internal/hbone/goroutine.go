@@ -68,24 +68,25 @@ type goTunnel struct {
 	info  *connInfo
 	start time.Time
 
-	mu       sync.Mutex
-	work     sync.Cond // the writer waits for it
-	m        *machine.Conn
-	ready    []*Stream // to be pumped
-	blocked  map[*Stream]struct{}
-	lastRead time.Time
-	pinged   bool
-	pinger   *time.Timer
-	dead     bool
-	err      error
+	mu      sync.Mutex
+	work    sync.Cond // the writer waits for it
+	m       *machine.Conn
+	ready   []*Stream // to be pumped
+	blocked map[*Stream]struct{}
+	life    liveness
+	pinger  *time.Timer
+	dead    bool
+	err     error
 }
 
 func newGoTunnel(nc net.Conn, info *connInfo, tc tunnelConfig) *goTunnel {
 	t := &goTunnel{nc: nc, tc: tc, info: info, start: time.Now(), m: machine.New(machineConfig(&tc)),
-		blocked: map[*Stream]struct{}{}, lastRead: time.Now()}
+		blocked: map[*Stream]struct{}{}, life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
 	t.work.L = &t.mu
 	if tc.ping > 0 {
+		t.mu.Lock() // the timer may fire before the assignment
 		t.pinger = time.AfterFunc(tc.ping, t.checkAlive)
+		t.mu.Unlock()
 	}
 	go t.write()
 	go t.read()
@@ -181,21 +182,16 @@ func (t *goTunnel) checkAlive() {
 	if t.dead {
 		return
 	}
-	idle := time.Since(t.lastRead)
-	switch {
-	case idle < t.tc.ping:
-		t.pinged = false
-		t.pinger.Reset(t.tc.ping - idle)
-	case !t.pinged:
-		t.pinged = true
+	ask, dead, next := t.life.check(time.Now())
+	if dead {
+		t.fail(errSilent)
+		return
+	}
+	if ask {
 		t.m.Ping()
 		t.work.Signal()
-		t.pinger.Reset(t.tc.pingWait)
-	case idle >= t.tc.pingWait:
-		t.fail(errors.New("the peer gives no sign of life"))
-	default:
-		t.pinger.Reset(t.tc.pingWait - idle)
 	}
+	t.pinger.Reset(next)
 }
 
 // write sends what the machine and the streams have, in one write at a time.
@@ -267,8 +263,8 @@ func (t *goTunnel) read() {
 			t.mu.Unlock()
 			return
 		}
-		t.lastRead = time.Now()
-		t.m.Advance(t.lastRead.Sub(t.start))
+		t.life.heard = time.Now()
+		t.m.Advance(t.life.heard.Sub(t.start))
 		ferr := t.feed(buf[:n])
 		if ferr != nil {
 			t.sayGoodbye()

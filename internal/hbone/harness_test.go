@@ -209,7 +209,8 @@ func (m *mesh) serve(c *net.TCPConn) {
 		c.Write(sum.Sum(nil))
 	case 'R': // resets
 		c.SetLinger(0)
-	case 'r': // reports how it was ended
+	case 'r': // says that it is there, then reports how it was ended
+		c.Write([]byte("k"))
 		_, err := io.Copy(io.Discard, c)
 		m.resets <- err
 	case 'F': // server speaks first, after the header only this harness needs

@@ -188,7 +188,7 @@ func TestRelayReset(t *testing.T) {
 		for range 50 {
 			c := m.dial('r', 0)
 			c.Write(make([]byte, 1000))
-			time.Sleep(time.Millisecond)
+			io.ReadFull(c, make([]byte, 1)) // else the RST could overtake the header
 			c.SetLinger(0)
 			c.Close()
 			select {
@@ -233,7 +233,7 @@ func TestRelayAbort(t *testing.T) {
 		c := m.dial('r', 0)
 		s := <-m.streams
 		await(t, "the counters move", func() bool { n, _ := s.Counters(); return n == 9 })
-		time.Sleep(10 * time.Millisecond)
+		io.ReadFull(c, make([]byte, 1))
 		s.Abort(errTest)
 		if _, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the client sees %v, want a reset", err)
