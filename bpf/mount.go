@@ -1,0 +1,88 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// mountedMark is a directory that tells, in a BPF file system that has nothing but directories and pins, that this
+// package mounted it.
+const mountedMark = "mounted-by-fairlead"
+
+// mountAt makes sure that dir exists and is on a BPF file system. Where dir cannot even be made, as below the empty
+// /sys/fs/bpf, the file system is mounted on its parent.
+func mountAt(dir string) error {
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil && isBPFFS(dir) {
+		return nil
+	}
+	at := dir
+	if err != nil {
+		at = filepath.Dir(dir)
+		if isBPFFS(at) {
+			return fmt.Errorf("make directory in BPF file system: %w", err)
+		}
+	}
+	if err := unix.Mount("bpf", at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mount a BPF file system on %s: %w", at, err)
+	}
+	if err := os.Mkdir(filepath.Join(at, mountedMark), 0o700); err != nil {
+		return fmt.Errorf("mark the mounted BPF file system: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make directory in BPF file system: %w", err)
+	}
+	return nil
+}
+
+// unmount undoes mountAt once the pins are gone.
+func unmount(dir string) error {
+	for _, at := range []string{dir, filepath.Dir(dir)} {
+		mark := filepath.Join(at, mountedMark)
+		if _, err := os.Stat(mark); err != nil || !isBPFFS(at) {
+			continue
+		}
+		entries, err := os.ReadDir(at)
+		if err != nil {
+			return err
+		}
+		// The kernel puts two files of its own into each BPF file system.
+		others := slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+			return !slices.Contains([]string{mountedMark, "maps.debug", "progs.debug"}, e.Name()) && filepath.Join(at, e.Name()) != dir
+		})
+		if others {
+			return nil
+		}
+		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount the BPF file system on %s: %w", at, err)
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func isBPFFS(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.BPF_FS_MAGIC
+}
+
+// withFD calls f with the file's descriptor, which stays open meanwhile.
+func withFD(file *os.File, f func(fd int) error) error {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var callErr error
+	if err := raw.Control(func(fd uintptr) { callErr = f(int(fd)) }); err != nil {
+		return err
+	}
+	return callErr
+}

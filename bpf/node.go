@@ -1,0 +1,237 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// DefaultDir is where programs, links and maps are pinned unless told otherwise.
+const DefaultDir = "/sys/fs/bpf/fairlead"
+
+// Config says where the node's programs go.
+type Config struct {
+	// Dir is the directory of a BPF file system to pin everything in; one is mounted when Dir is on none.
+	Dir string
+	// Cgroup is the cgroup2 directory whose processes' connects are seen: normally the root of the hierarchy.
+	Cgroup string
+	// HostNetns is the cookie of the network namespace that the kubelet runs in.
+	HostNetns uint64
+	// Probe4 and Probe6 are the addresses that the kubelet's probes of pods of the mesh come from.
+	Probe4, Probe6 netip.Addr
+}
+
+// Node is the node's part of redirection: the programs in the cgroup, and the maps shared with all pods. Its methods
+// are safe for concurrent use.
+type Node struct {
+	cfg Config
+
+	mu   sync.Mutex
+	maps connectMaps
+}
+
+// Open makes sure that the node's programs are loaded and attached, taking over what an earlier process pinned, and
+// replacing its programs without a gap. Close leaves everything in place.
+func Open(cfg Config) (*Node, error) {
+	if err := mountAt(cfg.Dir); err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg}
+	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make pin directory: %w", err)
+		}
+	}
+	spec, err := loadConnect()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range spec.Maps {
+		m.Pinning = ebpf.PinByName
+	}
+	var objects connectObjects
+	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: n.path("maps")}}
+	if err := spec.LoadAndAssign(&objects, opts); err != nil {
+		return nil, fmt.Errorf("load the connect programs: %w", err)
+	}
+	n.maps = objects.connectMaps
+	defer objects.connectPrograms.Close()
+	if err := n.start(&objects.connectPrograms); err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, nil
+}
+
+// start fills in the node's settings and attaches the programs.
+func (n *Node) start(programs *connectPrograms) error {
+	host := connectHost{Netns: n.cfg.HostNetns, Probe4: toAddr(n.cfg.Probe4), Probe6: toAddr(n.cfg.Probe6)}
+	if err := n.maps.HostConfig.Put(uint32(0), host); err != nil {
+		return fmt.Errorf("set the probe source: %w", err)
+	}
+	if err := n.ensureWorkloads(); err != nil {
+		return err
+	}
+	for _, a := range []struct {
+		pin     string
+		attach  ebpf.AttachType
+		program *ebpf.Program
+	}{
+		{"connect4", ebpf.AttachCGroupInet4Connect, programs.Connect4},
+		{"connect6", ebpf.AttachCGroupInet6Connect, programs.Connect6},
+	} {
+		if err := ensureCgroupLink(n.path("links", a.pin), n.cfg.Cgroup, a.attach, a.program); err != nil {
+			return fmt.Errorf("attach %s to %s: %w", a.pin, n.cfg.Cgroup, err)
+		}
+	}
+	return nil
+}
+
+// ensureCgroupLink updates the link pinned at pin, or makes it when there is none or it is another cgroup's.
+func ensureCgroupLink(pin, cgroup string, attach ebpf.AttachType, program *ebpf.Program) error {
+	id, err := CgroupID(cgroup)
+	if err != nil {
+		return err
+	}
+	old, err := link.LoadPinnedLink(pin, nil)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("open pinned link: %w", err)
+	}
+	if err == nil {
+		defer old.Close()
+		info, err := old.Info()
+		if err != nil {
+			return err
+		}
+		if attached := info.Cgroup(); attached != nil && attached.CgroupId == id {
+			return old.Update(program)
+		}
+	}
+	made, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: attach, Program: program})
+	if err != nil {
+		return err
+	}
+	defer made.Close()
+	if old != nil {
+		// Only now, so that one of the two is always attached.
+		if err := old.Unpin(); err != nil {
+			return fmt.Errorf("unpin the link to another cgroup: %w", err)
+		}
+	}
+	return made.Pin(pin)
+}
+
+// Close releases this process's handles. Programs stay attached.
+func (n *Node) Close() error {
+	return n.maps.Close()
+}
+
+// Counters returns what the programs have counted since they were first loaded, by name.
+func (n *Node) Counters() (map[string]uint64, error) {
+	names := map[connectCounter]string{
+		connectCounterOUTBOUND_REDIRECTED: "outbound_redirected",
+		connectCounterOUTBOUND_REFUSED:    "outbound_refused",
+		connectCounterFORGED_MARK:         "forged_mark",
+		connectCounterINBOUND_REDIRECTED:  "inbound_redirected",
+		connectCounterINBOUND_REFUSED:     "inbound_refused",
+		connectCounterPROBES:              "probes",
+	}
+	result := make(map[string]uint64, len(names))
+	for counter, name := range names {
+		var perCPU []uint64
+		if err := n.maps.Counters.Lookup(counter, &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, v := range perCPU {
+			result[name] += v
+		}
+	}
+	return result, nil
+}
+
+// EnsureProxy exempts the process pid, and whatever else runs in the same cgroup, from redirection when its sockets have
+// the proxy's mark. Cgroups of earlier proxies that no longer exist are forgotten.
+//
+// pid is one of this process's pid namespace. The cgroup is found by looking for the pid in the tree below the cgroup
+// that the programs are attached to, because paths in /proc/PID/cgroup depend on cgroup namespaces.
+func (n *Node) EnsureProxy(pid int) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var proxy uint64
+	alive := map[uint64]bool{}
+	err := walkCgroups(n.cfg.Cgroup, func(path string, id uint64) error {
+		alive[id] = true
+		has, err := hasProcess(path, pid)
+		if has {
+			proxy = id
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("find the cgroup of process %d: %w", pid, err)
+	}
+	if proxy == 0 {
+		return fmt.Errorf("process %d is in no cgroup below %s, so its connections cannot be told from those of "+
+			"applications: attach to a cgroup that holds both", pid, n.cfg.Cgroup)
+	}
+	var id uint64
+	var one uint32
+	var gone []uint64
+	entries := n.maps.Proxies.Iterate()
+	for entries.Next(&id, &one) {
+		if !alive[id] {
+			gone = append(gone, id)
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list proxies: %w", err)
+	}
+	for _, id := range gone {
+		if err := n.maps.Proxies.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget a proxy's cgroup: %w", err)
+		}
+	}
+	if err := n.maps.Proxies.Put(proxy, uint32(1)); err != nil {
+		return fmt.Errorf("exempt the proxy's cgroup: %w", err)
+	}
+	return nil
+}
+
+// ensureWorkloads tells the programs below which cgroups the kubelet's pods run.
+func (n *Node) ensureWorkloads() error {
+	return walkCgroups(n.cfg.Cgroup, func(path string, id uint64) error {
+		name := filepath.Base(path)
+		if name != "kubepods" && name != "kubepods.slice" {
+			return nil
+		}
+		if err := n.maps.Workloads.Put(id, uint32(1)); err != nil {
+			return fmt.Errorf("set the pods' cgroup: %w", err)
+		}
+		return fs.SkipDir
+	})
+}
+
+// Remove detaches and unpins everything under dir, and unmounts the BPF file system if Open mounted it. It is no error
+// when there is nothing.
+func Remove(dir string) error {
+	if !isBPFFS(dir) {
+		return nil
+	}
+	for _, name := range []string{"links", "pods", "maps"} {
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("unpin: %w", err)
+		}
+	}
+	return unmount(dir)
+}
+
+func (n *Node) path(elements ...string) string {
+	return filepath.Join(append([]string{n.cfg.Dir}, elements...)...)
+}

@@ -1,0 +1,300 @@
+package bpf
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// MaxPodIPs is how many addresses a pod may have.
+const MaxPodIPs = len(connectPod{}.Addrs)
+
+// Pod is one pod of the mesh, as the kernel knows it.
+type Pod struct {
+	// Cookie is the cookie of the pod's network namespace.
+	Cookie uint64
+	// UID is the pod's, at most 64 bytes.
+	UID string
+	// IPs are the pod's addresses.
+	IPs []netip.Addr
+}
+
+// PrepareListeners makes sure that the pod has a place where the proxy can put its listeners. No traffic is redirected by it.
+func (n *Node) PrepareListeners(cookie uint64) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	m, err := n.listeners(cookie)
+	if err != nil {
+		return err
+	}
+	return m.Close()
+}
+
+// EnsurePod redirects the pod's TCP, in ns, its network namespace. It is idempotent, and replaces an older program
+// without a gap. The routes that cni/redirect makes must be there.
+func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
+	value, err := encodePod(pod)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	listeners, err := n.listeners(pod.Cookie)
+	if err != nil {
+		return err
+	}
+	defer listeners.Close()
+	if err := n.ensureLookup(ns, pod.Cookie, value.Addrs, listeners); err != nil {
+		return err
+	}
+	if err := n.maps.PodListeners.Put(pod.Cookie, uint32(listeners.FD())); err != nil {
+		return fmt.Errorf("set the pod's listeners: %w", err)
+	}
+	if err := n.ensurePodAddrs(pod.Cookie, value.Addrs[:value.AddrCount]); err != nil {
+		return err
+	}
+	if err := n.maps.Pods.Put(pod.Cookie, value); err != nil {
+		return fmt.Errorf("set the pod: %w", err)
+	}
+	return nil
+}
+
+// listeners opens or makes the pod's map of listeners. The caller closes it.
+func (n *Node) listeners(cookie uint64) (*ebpf.Map, error) {
+	pin := n.podPath(cookie, listenersPin)
+	m, err := ebpf.LoadPinnedMap(pin, nil)
+	if err == nil {
+		return m, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open pinned listeners: %w", err)
+	}
+	if err := os.MkdirAll(n.podPath(cookie), 0o700); err != nil {
+		return nil, fmt.Errorf("make the pod's pin directory: %w", err)
+	}
+	m, err = ebpf.NewMap(&ebpf.MapSpec{
+		Name: "listeners", Type: ebpf.SockMap, KeySize: 4, ValueSize: 8, MaxEntries: uint32(connectSlotSLOTS),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make listeners: %w", err)
+	}
+	if err := m.Pin(pin); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("pin listeners: %w", err)
+	}
+	return m, nil
+}
+
+// ensureLookup attaches the pod's own instance of the lookup program.
+func (n *Node) ensureLookup(ns *os.File, cookie uint64, addrs [MaxPodIPs]connectAddr, listeners *ebpf.Map) error {
+	spec, err := loadLookup()
+	if err != nil {
+		return err
+	}
+	for name, value := range map[string]any{
+		"pod_addrs": addrs,
+		"probe4":    toAddr(n.cfg.Probe4),
+		"probe6":    toAddr(n.cfg.Probe6),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s of the lookup program: %w", name, err)
+		}
+	}
+	var programs lookupPrograms
+	err = spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		lookupMapListeners: listeners,
+		lookupMapCounters:  n.maps.Counters,
+	}})
+	if err != nil {
+		return fmt.Errorf("load the lookup program: %w", err)
+	}
+	defer programs.Close()
+
+	pin := n.podPath(cookie, lookupPin)
+	old, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		defer old.Close()
+		if attached(old) {
+			return old.Update(programs.Lookup)
+		}
+		if err := old.Unpin(); err != nil {
+			return fmt.Errorf("unpin a link to a namespace that is gone: %w", err)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("open pinned link: %w", err)
+	}
+	var made *link.NetNsLink
+	err = withFD(ns, func(fd int) error {
+		made, err = link.AttachNetNs(fd, programs.Lookup)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("attach the lookup program: %w", err)
+	}
+	defer made.Close()
+	return made.Pin(pin)
+}
+
+// attached tells whether a link's network namespace still exists.
+func attached(l link.Link) bool {
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	ns := info.NetNs()
+	return ns != nil && ns.NetnsInode != 0
+}
+
+// ensurePodAddrs makes the set of addresses that belong to cookie equal to addrs.
+func (n *Node) ensurePodAddrs(cookie uint64, addrs []connectAddr) error {
+	for _, a := range addrs {
+		if err := n.maps.PodAddrs.Put(a, cookie); err != nil {
+			return fmt.Errorf("set a pod address: %w", err)
+		}
+	}
+	var stale []connectAddr
+	var addr connectAddr
+	var owner uint64
+	entries := n.maps.PodAddrs.Iterate()
+	for entries.Next(&addr, &owner) {
+		if owner == cookie && !slices.Contains(addrs, addr) {
+			stale = append(stale, addr)
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list pod addresses: %w", err)
+	}
+	for _, a := range stale {
+		if err := n.maps.PodAddrs.Delete(a); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("remove a pod address: %w", err)
+		}
+	}
+	return nil
+}
+
+// RemovePod ends the redirection of new connections. Established ones go on for as long as the pod's routes stay. It
+// is no error when there is nothing.
+func (n *Node) RemovePod(cookie uint64) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var errs []error
+	for _, m := range []*ebpf.Map{n.maps.Pods, n.maps.PodListeners} {
+		if err := m.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("remove the pod: %w", err))
+		}
+	}
+	errs = append(errs, n.ensurePodAddrs(cookie, nil))
+	// Unpinning the link, which nobody holds open, detaches it.
+	if err := os.RemoveAll(n.podPath(cookie)); err != nil {
+		errs = append(errs, fmt.Errorf("unpin the pod's program: %w", err))
+	}
+	return errors.Join(errs...)
+}
+
+// Pods lists the pods that the kernel redirects, whichever process set them up: both programs know them.
+func (n *Node) Pods() ([]Pod, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var pods []Pod
+	var cookie uint64
+	var value connectPod
+	entries := n.maps.Pods.Iterate()
+	for entries.Next(&cookie, &value) {
+		l, err := link.LoadPinnedLink(n.podPath(cookie, lookupPin), nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open pinned link: %w", err)
+		}
+		if attached(l) {
+			pods = append(pods, decodePod(cookie, value))
+		}
+		l.Close()
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("list pods: %w", err)
+	}
+	return pods, nil
+}
+
+// Prune removes every trace of pods that keep says no to, also what was left half made.
+func (n *Node) Prune(keep func(cookie uint64) bool) error {
+	cookies, err := n.traces()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for cookie := range cookies {
+		if !keep(cookie) {
+			errs = append(errs, n.RemovePod(cookie))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// traces lists the cookies that any map or pin knows.
+func (n *Node) traces() (map[uint64]bool, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	cookies := map[uint64]bool{}
+	var cookie uint64
+	var value connectPod
+	pods := n.maps.Pods.Iterate()
+	for pods.Next(&cookie, &value) {
+		cookies[cookie] = true
+	}
+	var addr connectAddr
+	addrs := n.maps.PodAddrs.Iterate()
+	for addrs.Next(&addr, &cookie) {
+		cookies[cookie] = true
+	}
+	if err := errors.Join(pods.Err(), addrs.Err()); err != nil {
+		return nil, fmt.Errorf("list pods: %w", err)
+	}
+	pins, err := os.ReadDir(n.path("pods"))
+	if err != nil {
+		return nil, fmt.Errorf("list pinned pods: %w", err)
+	}
+	for _, pin := range pins {
+		if cookie, err := strconv.ParseUint(pin.Name(), 10, 64); err == nil {
+			cookies[cookie] = true
+		}
+	}
+	return cookies, nil
+}
+
+func (n *Node) podPath(cookie uint64, elements ...string) string {
+	return n.path(append([]string{"pods", strconv.FormatUint(cookie, 10)}, elements...)...)
+}
+
+func encodePod(pod Pod) (connectPod, error) {
+	value := connectPod{AddrCount: uint32(len(pod.IPs))}
+	if len(pod.IPs) == 0 || len(pod.IPs) > MaxPodIPs {
+		return value, fmt.Errorf("pod has %d addresses, want 1 to %d", len(pod.IPs), MaxPodIPs)
+	}
+	if len(pod.UID) > len(value.Uid) {
+		return value, fmt.Errorf("pod UID is longer than %d bytes", len(value.Uid))
+	}
+	copy(value.Uid[:], pod.UID)
+	for i, ip := range pod.IPs {
+		value.Addrs[i] = toAddr(ip)
+	}
+	return value, nil
+}
+
+func decodePod(cookie uint64, value connectPod) Pod {
+	pod := Pod{Cookie: cookie, UID: string(bytes.TrimRight(value.Uid[:], "\x00"))}
+	for _, a := range value.Addrs[:min(int(value.AddrCount), MaxPodIPs)] {
+		pod.IPs = append(pod.IPs, fromAddr(a))
+	}
+	return pod
+}

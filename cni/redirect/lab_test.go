@@ -1,0 +1,329 @@
+package redirect_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/cni/redirect"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
+)
+
+// The addresses of the lab: a pod behind a veth, and a host that has the rest of the world on its lo.
+var (
+	pod4, pod6       = netip.MustParseAddr("10.78.0.2"), netip.MustParseAddr("fd78::2")
+	host4, host6     = netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("fd78::1")
+	remote4, remote6 = netip.MustParseAddr("10.78.9.9"), netip.MustParseAddr("fd78:9::9")
+)
+
+// lab is a host and one pod. This process plays the node proxy, in a cgroup of its own; applications are processes
+// in other cgroups.
+type lab struct {
+	host, pod  *os.File
+	cgroup     string
+	cfg        redirect.Config
+	redirector *redirect.Redirector
+}
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	testenv.RequireBPF(t)
+	l := &lab{host: newNetns(t), pod: newNetns(t)}
+	connectNetns(t, l.host, l.pod)
+	root, err := bpf.FindCgroup2("/proc/self/mounts")
+	testenv.Require(t, err == nil, "a cgroup2 mount")
+	l.cgroup = filepath.Join(root, fmt.Sprintf("fairlead-redirect-test-%d", os.Getpid()))
+	home := moveTo(t, l.makeCgroup(t, "proxy"))
+	t.Cleanup(func() { writeFile(t, filepath.Join(root, home, "cgroup.procs"), strconv.Itoa(os.Getpid())) })
+
+	l.cfg = redirect.Config{BPFFS: filepath.Join(t.TempDir(), "bpf"), Cgroup: l.cgroup, HostNetns: l.host}
+	t.Cleanup(func() {
+		if err := redirect.Uninstall(l.cfg); err != nil {
+			t.Errorf("uninstall: %v", err)
+		}
+	})
+	l.redirector, err = redirect.New(l.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.redirector.Close() })
+	if err := l.redirector.EnsureProxy(os.Getpid()); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// makeCgroup makes a cgroup below the lab's and removes it at the end.
+func (l *lab) makeCgroup(t *testing.T, name string) string {
+	t.Helper()
+	path := filepath.Join(l.cgroup, name)
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for dir := path; dir != filepath.Dir(l.cgroup); dir = filepath.Dir(dir) {
+			os.Remove(dir) // parents that still have children refuse, and go with the last of these
+		}
+	})
+	return path
+}
+
+// moveTo moves this process into a cgroup and returns the path of the one it was in.
+func moveTo(t *testing.T, cgroup string) string {
+	t.Helper()
+	content, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := "/"
+	for line := range strings.Lines(string(content)) {
+		if rest, ok := strings.CutPrefix(line, "0::"); ok {
+			home = strings.TrimSpace(rest)
+		}
+	}
+	writeFile(t, filepath.Join(cgroup, "cgroup.procs"), strconv.Itoa(os.Getpid()))
+	return home
+}
+
+func newNetns(t *testing.T) *os.File {
+	t.Helper()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ns.Close() })
+	return ns
+}
+
+// connectNetns joins host and pod as a routed veth does in a cluster.
+func connectNetns(t *testing.T, host, pod *os.File) {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, ns := range []*os.File{host, pod} {
+		// Else the first second goes by with addresses that are not settled.
+		must(netns.Do(ns, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0) }))
+	}
+	must(netns.Do(host, func() error {
+		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pod"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(int(pod.Fd()))}
+		if err := netlink.LinkAdd(veth); err != nil {
+			return err
+		}
+		return configure("pod", []string{"10.78.0.1/24", "fd78::1/64"}, []string{"10.78.9.9/32", "fd78:9::9/128"}, nil)
+	}))
+	must(netns.Do(pod, func() error {
+		return configure("eth0", []string{"10.78.0.2/24", "fd78::2/64"}, nil, []netip.Addr{host4, host6})
+	}))
+}
+
+// configure gives the current namespace's interface and lo their addresses, and routes everything through gateways.
+func configure(name string, addrs, loAddrs []string, gateways []netip.Addr) error {
+	for device, list := range map[string][]string{name: addrs, "lo": loAddrs} {
+		link, err := netlink.LinkByName(device)
+		if err != nil {
+			return err
+		}
+		for _, a := range list {
+			addr, err := netlink.ParseAddr(a)
+			if err != nil {
+				return err
+			}
+			addr.Flags = unix.IFA_F_NODAD
+			if err := netlink.AddrAdd(link, addr); err != nil {
+				return err
+			}
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+	}
+	for _, gw := range gateways {
+		if err := netlink.RouteAdd(&netlink.Route{Gw: gw.AsSlice()}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// podOf is the lab's pod with the addresses given.
+func (l *lab) podOf(ips ...netip.Addr) redirect.Pod {
+	return redirect.Pod{UID: "pod-uid", Netns: l.pod, IPs: ips}
+}
+
+func (l *lab) ensure(t *testing.T, ips ...netip.Addr) {
+	t.Helper()
+	if _, err := l.redirector.Ensure(t.Context(), l.podOf(ips...)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// accepted is a connection that someone took, and who.
+type accepted struct {
+	by            string
+	local, remote netip.AddrPort
+	conn          *net.TCPConn
+}
+
+// serve reports the connections that a listener takes, until the test ends.
+func serve(t *testing.T, by string, l *net.TCPListener, to chan<- accepted) {
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.AcceptTCP()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { c.Close() })
+			to <- accepted{by, addrPort(c.LocalAddr()), addrPort(c.RemoteAddr()), c}
+		}
+	}()
+}
+
+// listen listens in ns as any program does, and reports on to.
+func listen(t *testing.T, by string, ns *os.File, addr netip.AddrPort, to chan<- accepted) {
+	t.Helper()
+	err := netns.Do(ns, func() error {
+		l, err := net.Listen("tcp", addr.String())
+		if err != nil {
+			return err
+		}
+		serve(t, by, l.(*net.TCPListener), to)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// proxy opens the proxy's six listeners in the pod and puts them in their slots.
+func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListener {
+	t.Helper()
+	cookie, err := netns.Cookie(l.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots, err := bpf.OpenListeners(l.cfg.BPFFS, cookie)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slots.Close()
+	listeners := map[bpf.Slot]*net.TCPListener{}
+	for slot, by := range map[bpf.Slot]string{
+		bpf.OutboundIPv4: "outbound", bpf.OutboundIPv6: "outbound",
+		bpf.InboundPlaintextIPv4: "plaintext", bpf.InboundPlaintextIPv6: "plaintext",
+		bpf.InboundHBONEIPv4: "hbone", bpf.InboundHBONEIPv6: "hbone",
+	} {
+		addr := netip.MustParseAddrPort("127.0.0.1:0")
+		if slot%2 == 1 {
+			addr = netip.MustParseAddrPort("[::1]:0")
+		}
+		listener, err := netns.Listen(l.pod, "tcp", addr, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		serve(t, by, listener, to)
+		raw, err := listener.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) { err = slots.Set(slot, int(fd)) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners[slot] = listener
+	}
+	return listeners
+}
+
+// attempt is a connect made by an application, which is a process of its own.
+type attempt struct {
+	Dst    netip.AddrPort
+	Mark   uint32
+	Device string
+	Source netip.AddrPort
+}
+
+// outcome is what the application saw.
+type outcome struct {
+	Local, Remote netip.AddrPort
+	Errno         syscall.Errno
+	Error         string
+	Took          time.Duration
+}
+
+// connect runs an attempt in a process called comm, in ns and in a cgroup of the lab.
+func (l *lab) connect(t *testing.T, comm, cgroup string, ns *os.File, a attempt) outcome {
+	t.Helper()
+	group, err := os.Open(l.makeCgroup(t, cgroup))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer group.Close()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(t.TempDir(), comm)
+	if err := os.Symlink(self, program); err != nil {
+		t.Fatal(err)
+	}
+	arguments, err := json.Marshal(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program)
+	cmd.Env = append(os.Environ(), "FAIRLEAD_TEST_CONNECT="+string(arguments))
+	cmd.ExtraFiles = []*os.File{ns}
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("application: %v", err)
+	}
+	var o outcome
+	if err := json.Unmarshal(out, &o); err != nil {
+		t.Fatalf("application said %q: %v", out, err)
+	}
+	return o
+}
+
+// app is connect by an ordinary application in the pod.
+func (l *lab) app(t *testing.T, a attempt) outcome {
+	t.Helper()
+	return l.connect(t, "app", "app", l.pod, a)
+}
+
+// next waits for the next accepted connection.
+func next(t *testing.T, from <-chan accepted) accepted {
+	t.Helper()
+	select {
+	case a := <-from:
+		return a
+	case <-time.After(3 * time.Second):
+		t.Fatal("nobody took the connection")
+		return accepted{}
+	}
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	ap := a.(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+}

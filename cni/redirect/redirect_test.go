@@ -1,0 +1,500 @@
+package redirect_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+
+	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/cni/redirect"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+)
+
+func TestMain(m *testing.M) {
+	if a := os.Getenv("FAIRLEAD_TEST_CONNECT"); a != "" {
+		application(a)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// application is the process that lab.connect starts: it makes one connection from the namespace in descriptor 3.
+func application(arguments string) {
+	var a attempt
+	var o outcome
+	if err := json.Unmarshal([]byte(arguments), &a); err != nil {
+		panic(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	start := time.Now()
+	opts := netns.DialOptions{Source: a.Source, Mark: a.Mark, Device: a.Device}
+	conn, err := netns.Dial(ctx, os.NewFile(3, "netns"), opts, a.Dst)
+	o.Took = time.Since(start)
+	if err != nil {
+		o.Error = err.Error()
+		errors.As(err, &o.Errno)
+	} else {
+		o.Local, o.Remote = addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(o); err != nil {
+		panic(err)
+	}
+}
+
+// family is one row of the table that every datapath test runs over.
+type family struct {
+	name              string
+	pod, host, remote netip.Addr
+	probe             netip.Addr
+	any               string
+}
+
+var families = []family{
+	{"IPv4", pod4, host4, remote4, redirect.ProbeSource4, "0.0.0.0"},
+	{"IPv6", pod6, host6, remote6, redirect.ProbeSource6, "::"},
+}
+
+func (f family) at(ip netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(ip, port) }
+
+func (f family) anyPort(port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr(f.any), port)
+}
+
+func TestOutbound(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			taken := make(chan accepted, 16)
+			listen(t, "server", l.host, f.at(f.remote, 80), taken)
+			dst := f.at(f.remote, 80)
+
+			// The control: without redirection the connection goes out in clear.
+			if o := l.app(t, attempt{Dst: dst}); o.Error != "" {
+				t.Fatalf("before: %v", o.Error)
+			}
+			if a := next(t, taken); a.by != "server" || a.remote.Addr() != f.pod {
+				t.Fatalf("before: %s took the connection from %v", a.by, a.remote)
+			}
+
+			l.ensure(t, pod4, pod6)
+			l.proxy(t, taken)
+			for _, tc := range []struct {
+				name string
+				attempt
+			}{
+				{"plain", attempt{Dst: dst}},
+				{"a port nobody serves", attempt{Dst: f.at(f.remote, 4321)}},
+				{"bound to the pod's address", attempt{Dst: dst, Source: f.at(f.pod, 0)}},
+				{"bound to a device", attempt{Dst: dst, Device: "eth0"}},
+				{"with the proxy's mark", attempt{Dst: dst, Mark: netns.ProxyMark}},
+				{"with some mark", attempt{Dst: dst, Mark: 7}},
+				{"the host", attempt{Dst: f.at(f.host, 80)}},
+			} {
+				t.Run(tc.name, func(t *testing.T) {
+					o := l.app(t, tc.attempt)
+					if o.Error != "" {
+						t.Fatal(o.Error)
+					}
+					a := next(t, taken)
+					got := []string{a.by, a.local.String(), a.remote.String(), o.Remote.String(), o.Local.Addr().String()}
+					want := []string{"outbound", tc.Dst.String(), o.Local.String(), tc.Dst.String(), f.pod.String()}
+					if diff := cmp.Diff(want, got); diff != "" {
+						t.Errorf("taken by, proxy's local and remote, application's remote and local (-want +got):\n%s", diff)
+					}
+				})
+			}
+			counters, err := l.redirector.Counters()
+			if err != nil || counters["forged_mark"] != 1 {
+				t.Errorf("counted %d forged marks (%v), want 1", counters["forged_mark"], err)
+			}
+		})
+	}
+}
+
+func TestLeftAlone(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			l.ensure(t, pod4, pod6)
+			taken := make(chan accepted, 16)
+			l.proxy(t, taken)
+			listen(t, "server", l.host, f.at(f.remote, 80), taken)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			loopback := netip.MustParseAddr("127.0.0.1")
+			if f.pod.Is6() {
+				loopback = netip.IPv6Loopback()
+			}
+			for name, dst := range map[string]netip.Addr{"loopback": loopback, "own address": f.pod, "unspecified": netip.MustParseAddr(f.any)} {
+				if o := l.app(t, attempt{Dst: f.at(dst, 8080)}); o.Error != "" {
+					t.Errorf("%s: %s", name, o.Error)
+				} else if a := next(t, taken); a.by != "app" {
+					t.Errorf("%s: taken by %s", name, a.by)
+				}
+			}
+			// The proxy's own connection to the world.
+			conn, err := netns.Dial(soon(t), l.pod, netns.DialOptions{Mark: netns.ProxyMark}, f.at(f.remote, 80))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if a := next(t, taken); a.by != "server" || a.remote.Addr() != f.pod {
+				t.Errorf("the proxy's connection was taken by %s, from %v", a.by, a.remote)
+			}
+		})
+	}
+}
+
+func TestInbound(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			taken := make(chan accepted, 16)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			client := func(comm, cgroup string, port uint16) accepted {
+				t.Helper()
+				o := l.connect(t, comm, cgroup, l.host, attempt{Dst: f.at(f.pod, port)})
+				if o.Error != "" {
+					t.Fatalf("%s to port %d: %s", comm, port, o.Error)
+				}
+				return next(t, taken)
+			}
+			if a := client("client", "app", 8080); a.by != "app" {
+				t.Fatalf("before: taken by %s", a.by)
+			}
+			l.makeCgroup(t, "kubepods/pod1")
+			reopened, err := redirect.New(l.cfg) // as the agent, which starts when there are pods
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer reopened.Close()
+			l.ensure(t, pod4, pod6)
+			l.proxy(t, taken)
+			for _, tc := range []struct {
+				name, comm, cgroup string
+				port               uint16
+				by                 string
+				from               netip.Addr
+			}{
+				{"plaintext", "client", "app", 8080, "plaintext", f.host},
+				{"plaintext to a port nobody serves", "client", "app", 4321, "plaintext", f.host},
+				{"HBONE", "client", "app", 15008, "hbone", f.host},
+				{"a probe", "kubelet", "app", 8080, "app", f.probe},
+				{"a pod called kubelet", "kubelet", "kubepods/pod1", 8080, "plaintext", f.host},
+				{"one whose name begins like the kubelet's", "kubelet-not", "app", 8080, "plaintext", f.host},
+			} {
+				a := client(tc.comm, tc.cgroup, tc.port)
+				if a.by != tc.by || a.remote.Addr() != tc.from || a.local != f.at(f.pod, tc.port) {
+					t.Errorf("%s: taken by %s, from %v to %v; want %s, from %v", tc.name, a.by, a.remote, a.local, tc.by, tc.from)
+				}
+			}
+		})
+	}
+}
+
+func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			l.ensure(t, pod4, pod6)
+			taken := make(chan accepted, 16)
+			l.proxy(t, taken)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			opts := netns.DialOptions{Source: f.at(f.remote, 0), Mark: netns.RedirectMark, Device: "lo", Transparent: true}
+			conn, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 8080))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			a := next(t, taken)
+			if a.by != "app" || a.remote.Addr() != f.remote || a.local != f.at(f.pod, 8080) {
+				t.Errorf("taken by %s from %v to %v", a.by, a.remote, a.local)
+			}
+			exchange(t, conn, a.conn)
+			if _, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 4321)); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("a port nobody serves: %v, want ECONNREFUSED", err)
+			}
+		})
+	}
+}
+
+func TestRefusedWhileTheProxyIsAway(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			l.ensure(t, pod4, pod6)
+			taken := make(chan accepted, 16)
+			listen(t, "server", l.host, f.at(f.remote, 80), taken)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			check := func(when string) {
+				t.Helper()
+				for name, o := range map[string]outcome{
+					"outbound":      l.app(t, attempt{Dst: f.at(f.remote, 80)}),
+					"inbound":       l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 8080)}),
+					"inbound HBONE": l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 15008)}),
+				} {
+					if o.Errno != syscall.ECONNREFUSED || o.Took > time.Second {
+						t.Errorf("%s, %s: %q after %v, want a refusal at once", when, name, o.Error, o.Took)
+					}
+				}
+			}
+			check("before the proxy came")
+			for _, listener := range l.proxy(t, taken) {
+				listener.Close()
+			}
+			check("after the proxy went")
+			l.proxy(t, taken)
+			if o := l.app(t, attempt{Dst: f.at(f.remote, 80)}); o.Error != "" {
+				t.Errorf("after the proxy's return: %s", o.Error)
+			} else if a := next(t, taken); a.by != "outbound" {
+				t.Errorf("after the proxy's return: taken by %s", a.by)
+			}
+		})
+	}
+}
+
+func TestReleaseAndRemove(t *testing.T) {
+	l := newLab(t)
+	taken := make(chan accepted, 16)
+	listen(t, "server", l.host, netip.AddrPortFrom(remote4, 80), taken)
+	listen(t, "app", l.pod, netip.MustParseAddrPort("0.0.0.0:8080"), taken)
+	before := netnsState(t, l.pod)
+	hostBefore := netnsState(t, l.host)
+	l.ensure(t, pod4, pod6)
+	l.proxy(t, taken)
+	dst := netip.AddrPortFrom(remote4, 80)
+
+	// A redirected connection in each direction that stays open. The application is this process, without the
+	// proxy's mark.
+	out, err := netns.Dial(soon(t), l.pod, netns.DialOptions{}, dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	outAtProxy := next(t, taken)
+	in, err := netns.Dial(soon(t), l.host, netns.DialOptions{}, netip.AddrPortFrom(pod4, 8080))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	inAtProxy := next(t, taken)
+	if outAtProxy.by != "outbound" || inAtProxy.by != "plaintext" {
+		t.Fatalf("taken by %s and %s", outAtProxy.by, inAtProxy.by)
+	}
+
+	cookie, err := netns.Cookie(l.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := l.redirector.Release(cookie); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := bpf.OpenListeners(l.cfg.BPFFS, cookie); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("listeners of a released pod: %v", err)
+	}
+	exchange(t, out, outAtProxy.conn)
+	exchange(t, inAtProxy.conn, in)
+	if o := l.app(t, attempt{Dst: dst}); o.Error != "" || next(t, taken).by != "server" {
+		t.Errorf("released pod's connection did not go out as before: %s", o.Error)
+	}
+	if o := l.connect(t, "client", "app", l.host, attempt{Dst: netip.AddrPortFrom(pod4, 8080)}); o.Error != "" || next(t, taken).by != "app" {
+		t.Errorf("connection to a released pod did not reach the application: %s", o.Error)
+	}
+	for range 2 {
+		if err := l.redirector.Remove(l.pod); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(before, netnsState(t, l.pod)); diff != "" {
+		t.Errorf("the pod's namespace after removal (-before +after):\n%s", diff)
+	}
+	if err := redirect.Uninstall(l.cfg); err != nil {
+		t.Fatal(err)
+	}
+	hostAfter := netnsState(t, l.host)
+	for source := range map[netip.Addr]bool{redirect.ProbeSource4: true, redirect.ProbeSource6: true} {
+		if strings.Contains(hostAfter, source.String()) || !strings.Contains(hostBefore, source.String()) {
+			t.Errorf("probe source %v: before %v, after %v", source, hostBefore, hostAfter)
+		}
+	}
+	if _, err := os.Stat(l.cfg.BPFFS); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the BPF file system is still there: %v", err)
+	}
+}
+
+func TestEnsureIsIdempotentAndReadsBack(t *testing.T) {
+	l := newLab(t)
+	taken := make(chan accepted, 64)
+	pod := l.podOf(pod4, pod6)
+	if holds, err := l.redirector.Holds(pod); err != nil || holds {
+		t.Errorf("holds before Ensure: %v, %v", holds, err)
+	}
+	l.ensure(t, pod4, pod6)
+	state := netnsState(t, l.pod)
+	l.proxy(t, taken)
+	for range 3 {
+		// Each round is another agent's life.
+		r, err := redirect.New(l.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods, err := r.Pods()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cookie, err := r.Ensure(t.Context(), pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := []bpf.Pod{{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}}
+		if diff := cmp.Diff(want, pods, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+			t.Errorf("pods read back (-want +got):\n%s", diff)
+		}
+		if holds, err := r.Holds(pod); err != nil || !holds {
+			t.Errorf("holds after Ensure: %v, %v", holds, err)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if o := l.app(t, attempt{Dst: netip.AddrPortFrom(remote4, 80)}); o.Error != "" || next(t, taken).by != "outbound" {
+			t.Errorf("after taking over: %s", o.Error)
+		}
+	}
+	if diff := cmp.Diff(state, netnsState(t, l.pod)); diff != "" {
+		t.Errorf("the pod's namespace changed (-first +last):\n%s", diff)
+	}
+	// Someone takes a rule away: seen, and put back.
+	err := netns.Do(l.pod, func() error {
+		rule := netlink.NewRule()
+		rule.Priority, rule.Family = 1, netlink.FAMILY_V6
+		return netlink.RuleDel(rule)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if holds, err := l.redirector.Holds(pod); err != nil || holds {
+		t.Errorf("holds without one of its rules: %v, %v", holds, err)
+	}
+	l.ensure(t, pod4, pod6)
+	if holds, err := l.redirector.Holds(pod); err != nil || !holds {
+		t.Errorf("holds after repair: %v, %v", holds, err)
+	}
+	if err := l.redirector.Prune(func(uint64) bool { return false }); err != nil {
+		t.Fatal(err)
+	}
+	if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
+		t.Errorf("pods after pruning all: %v, %v", pods, err)
+	}
+}
+
+func TestPodsOfOneFamily(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			l.ensure(t, f.pod)
+			taken := make(chan accepted, 4)
+			l.proxy(t, taken)
+			if o := l.app(t, attempt{Dst: f.at(f.remote, 80)}); o.Error != "" || next(t, taken).by != "outbound" {
+				t.Errorf("outbound: %s", o.Error)
+			}
+			if o := l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 80)}); o.Error != "" || next(t, taken).by != "plaintext" {
+				t.Errorf("inbound: %s", o.Error)
+			}
+		})
+	}
+}
+
+func TestRefusesTheHostItself(t *testing.T) {
+	l := newLab(t)
+	_, err := l.redirector.Ensure(t.Context(), redirect.Pod{UID: "x", Netns: l.host, IPs: []netip.Addr{host4}})
+	if err == nil {
+		t.Error("the host's network namespace was redirected")
+	}
+	if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
+		t.Errorf("pods: %v, %v", pods, err)
+	}
+}
+
+// netnsState describes all that redirection may change in a namespace.
+func netnsState(t *testing.T, ns *os.File) string {
+	t.Helper()
+	var state strings.Builder
+	err := netns.Do(ns, func() error {
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			rules, err := netlink.RuleList(family)
+			if err != nil {
+				return err
+			}
+			for _, r := range rules {
+				fmt.Fprintf(&state, "%d rule %v mark %#x\n", family, r, r.Mark)
+			}
+			routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: redirect.Table}, netlink.RT_FILTER_TABLE)
+			if err != nil {
+				return err
+			}
+			for _, r := range routes {
+				fmt.Fprintf(&state, "%d route %v\n", family, r)
+			}
+			addrs, err := netlink.AddrList(nil, family)
+			if err != nil {
+				return err
+			}
+			for _, a := range addrs {
+				fmt.Fprintf(&state, "%d address %v\n", family, a.IPNet)
+			}
+		}
+		for _, s := range []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"} {
+			value, err := os.ReadFile("/proc/sys/net/" + s)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(&state, "%s=%s", s, value)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return state.String()
+}
+
+// soon is a context for what should take no time.
+func soon(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func exchange(t *testing.T, a, b net.Conn) {
+	t.Helper()
+	if _, err := a.Write([]byte("over")); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 4)
+	b.SetReadDeadline(time.Now().Add(3 * time.Second))
+	if _, err := io.ReadFull(b, buf); err != nil || string(buf) != "over" {
+		t.Fatalf("read %q: %v", buf, err)
+	}
+}
+
+func writeFile(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0); err != nil {
+		t.Error(err)
+	}
+}
