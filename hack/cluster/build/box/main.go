@@ -18,7 +18,7 @@ import (
 const usage = `box server [-http :8080] [-echo :9090] [-whoami :9091]
     HTTP/1.1 and h2c: answers any request with a JSON Reply; /healthz "ok";
     ?status=N answers with that status, ?delay=D waits first, ?size=N pads the reply.
-    echo: sends back what it receives. whoami: speaks first, one JSON Reply, then closes.
+    echo (TCP and UDP): sends back what it receives. whoami: speaks first, one JSON Reply, then closes.
 box client URL [-n 1] [-interval 0s] [-timeout 5s] [-concurrency 1] [-method GET] [-H 'Key: value']...
            [-d BODY] [-keepalive] [-h2c] [-ca FILE] [-summary]
     one JSON line a request; exit status 1 when any got no answer.

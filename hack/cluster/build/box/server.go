@@ -47,7 +47,7 @@ func server(ctx context.Context, args []string) error {
 		return err
 	}
 	out := &printer{}
-	failed := make(chan error, 3)
+	failed := make(chan error, 4)
 	for addr, handle := range map[string]func(net.Conn){*echoAddr: echo, *whoAddr: sayWho} {
 		if addr == "" {
 			continue
@@ -57,6 +57,13 @@ func server(ctx context.Context, args []string) error {
 			return err
 		}
 		go func() { failed <- accept(l, out, handle) }()
+	}
+	if *echoAddr != "" {
+		pc, err := net.ListenPacket("udp", *echoAddr)
+		if err != nil {
+			return err
+		}
+		go func() { failed <- echoPackets(pc, out) }()
 	}
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
@@ -132,6 +139,19 @@ func accept(l net.Listener, out *printer, handle func(net.Conn)) error {
 
 // echo ends with the client's end or reset; neither is news to anyone.
 func echo(c net.Conn) { _, _ = io.Copy(c, c) }
+
+func echoPackets(pc net.PacketConn, out *printer) error {
+	b := make([]byte, 64<<10)
+	for {
+		n, from, err := pc.ReadFrom(b)
+		if err != nil {
+			return err
+		}
+		out.print(map[string]any{"udp": pc.LocalAddr().String(), "remote": from.String(), "bytes": n})
+		// What cannot be sent back is lost, as datagrams may be.
+		_, _ = pc.WriteTo(b[:n], from)
+	}
+}
 
 func sayWho(c net.Conn) {
 	r := self()

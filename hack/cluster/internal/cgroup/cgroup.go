@@ -117,12 +117,14 @@ func (hs Hierarchies) Limits() bool {
 	return err == nil && slices.Contains(have, "cpu") && slices.Contains(have, "memory") && slices.Contains(have, "pids")
 }
 
-// Ensure makes the group Root/path in every hierarchy, with all controllers.
+// Ensure makes the group Root/path in every hierarchy, with all controllers. Where
+// cgroup v2 has none that matter, the machine's root group is left as it is.
 func (hs Hierarchies) Ensure(path string) error {
+	limits := hs.Limits()
 	for _, h := range hs {
 		dir := h.Mount
 		for part := range strings.SplitSeq(Root+"/"+path, "/") {
-			if h.V2 {
+			if h.V2 && limits {
 				Delegate(dir)
 			}
 			parent := dir

@@ -17,16 +17,27 @@ import (
 // Down removes a cluster, whole or half made: processes, namespaces (and with them
 // mounts and routes), cgroups, the link to this machine, and its directory.
 func (l Lab) Down(name string) error {
+	if err := plan.CheckName(name); err != nil {
+		return err
+	}
+	if _, err := os.Stat(l.dir(name)); errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(l.Out, "There is no cluster %s.\n", name)
+		return l.sweep()
+	}
 	unlock, err := l.lock(name)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	run := l.dir(name)
-	if _, err := os.Stat(run); errors.Is(err, fs.ErrNotExist) {
-		fmt.Fprintf(l.Out, "There is no cluster %s.\n", name)
-		return l.sweep()
+	err = l.remove(name)
+	unlock(err == nil)
+	if err != nil {
+		return err
 	}
+	return l.sweep()
+}
+
+func (l Lab) remove(name string) error {
+	run := l.dir(name)
 	began := time.Now()
 	machines, err := filepath.Glob(filepath.Join(run, "*", "pid"))
 	if err != nil {
@@ -51,7 +62,7 @@ func (l Lab) Down(name string) error {
 		return err
 	}
 	fmt.Fprintf(l.Out, "Cluster %s is gone (%.1f s).\n", name, time.Since(began).Seconds())
-	return l.sweep()
+	return nil
 }
 
 // removeAll tries for a while: mount namespaces end a moment after their processes.
@@ -71,10 +82,20 @@ func (l Lab) sweep() error {
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	if len(l.Names()) > 0 {
-		return nil
+	last := len(l.Names()) == 0
+	if last {
+		err = l.sweepShared()
 	}
+	unlock(last)
+	if last {
+		// These fail, as they should, if somebody else has put something there.
+		_ = os.Remove(filepath.Join(l.State, "run"))
+		_ = os.Remove(l.State)
+	}
+	return err
+}
+
+func (l Lab) sweepShared() error {
 	groups, err := cgroup.Discover()
 	if err != nil {
 		return err
@@ -90,7 +111,7 @@ func (l Lab) PowerCut(name, node string, off time.Duration) error {
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer unlock(false)
 	c, err := l.cluster(name)
 	if err != nil {
 		return err

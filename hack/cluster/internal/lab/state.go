@@ -86,6 +86,9 @@ func (c cluster) save() error {
 
 // cluster finds a cluster that was brought up.
 func (l Lab) cluster(name string) (cluster, error) {
+	if err := plan.CheckName(name); err != nil {
+		return cluster{}, err
+	}
 	c, err := load(l.dir(name))
 	if errors.Is(err, os.ErrNotExist) {
 		names := l.Names()
@@ -112,26 +115,45 @@ func (l Lab) Names() []string {
 	return names
 }
 
-// lock takes a lock of the lab; the kernel lets go of it if the command dies.
-func (l Lab) lock(name string) (func(), error) {
+// lock takes a lock of the lab; the kernel lets go of it if the command dies. When
+// remove is true at the unlocking, the lock's file goes as well.
+func (l Lab) lock(name string) (unlock func(remove bool), err error) {
 	dir := filepath.Join(l.State, "run")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
+	path := filepath.Join(dir, "."+name+".lock")
+	for {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // the last cluster's end took the directory away
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			fmt.Fprintln(l.Out, "Waiting for another command on the same cluster.")
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		}
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("locking %s: %w", path, err)
+		}
+		// Whoever held it may have removed the file: then others lock another one.
+		held, herr := f.Stat()
+		now, nerr := os.Stat(path)
+		if herr != nil || nerr != nil || !os.SameFile(held, now) {
+			f.Close()
+			continue
+		}
+		return func(remove bool) {
+			if remove {
+				_ = os.Remove(path)
+			}
+			f.Close()
+		}, nil
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "."+name+".lock"), os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		fmt.Fprintln(l.Out, "Waiting for another command on the same cluster.")
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
-	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
-	}
-	return func() { f.Close() }, nil
 }
 
 // kubectl runs the cluster's own kubectl as its administrator.

@@ -32,6 +32,9 @@ func (l Lab) Up(ctx context.Context, spec plan.Spec) error {
 	if err := preflight(&spec); err != nil {
 		return err
 	}
+	if c, err := load(l.dir(spec.Name)); err == nil && c.answers() {
+		return l.already(c)
+	}
 	tools, err := l.Builder.Ensure(ctx)
 	if err != nil {
 		return err
@@ -40,7 +43,7 @@ func (l Lab) Up(ctx context.Context, spec plan.Spec) error {
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer unlock(false)
 	if c, err := load(l.dir(spec.Name)); err == nil {
 		return l.already(c)
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -51,7 +54,9 @@ func (l Lab) Up(ctx context.Context, spec plan.Spec) error {
 		return err
 	}
 	u := &upper{cluster: c, lab: l, began: time.Now()}
-	if err := u.bring(ctx); err != nil {
+	if err := u.bring(ctx); ctx.Err() != nil {
+		return fmt.Errorf("stopped half way; hack/cluster.sh down --name %s removes what there is", spec.Name)
+	} else if err != nil {
 		return fmt.Errorf("%w\n%s\nLogs are in %s. hack/cluster.sh down --name %s removes what there is.",
 			err, u.evidence(), filepath.Join(c.run, "log"), spec.Name)
 	}
@@ -62,16 +67,23 @@ func (l Lab) Up(ctx context.Context, spec plan.Spec) error {
 
 // already answers a second "up".
 func (l Lab) already(c cluster) error {
+	again := fmt.Sprintf("hack/cluster.sh down --name %s, then up again", c.Spec.Name)
 	for _, name := range c.plan.Machines() {
 		if _, ok := machine.Find(c.machine(name)); !ok {
-			return fmt.Errorf("cluster %s is there, but its machine %s does not run: hack/cluster.sh down --name %s, then up again", c.Spec.Name, name, c.Spec.Name)
+			return fmt.Errorf("cluster %s is there, but its machine %s does not run: %s", c.Spec.Name, name, again)
 		}
 	}
-	if _, err := c.kubectl(nil, "get", "--raw", "/readyz"); err != nil {
-		return fmt.Errorf("cluster %s is there, but not ready: %w", c.Spec.Name, err)
+	if !c.answers() {
+		return fmt.Errorf("cluster %s is there, but its API server is not ready: %s", c.Spec.Name, again)
 	}
 	fmt.Fprintf(l.Out, "Cluster %s is up already (%d nodes, %s). To use it: eval \"$(hack/cluster.sh env --name %s)\"\n", c.Spec.Name, c.Spec.Nodes, c.Spec.IPFamily, c.Spec.Name)
 	return nil
+}
+
+// answers tells whether the API server is ready.
+func (c cluster) answers() bool {
+	_, err := c.kubectl(nil, "get", "--raw", "/readyz", "--request-timeout=5s")
+	return err == nil
 }
 
 // preflight checks what would fail later with a worse message, and settles what
@@ -115,7 +127,7 @@ func (l Lab) claim(r Record) (cluster, error) {
 	if err != nil {
 		return cluster{}, err
 	}
-	defer unlock()
+	defer unlock(false)
 	taken := map[int]bool{}
 	for _, name := range l.Names() {
 		if c, err := load(l.dir(name)); err == nil {

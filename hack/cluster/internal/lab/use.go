@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -88,7 +89,11 @@ func (l Lab) Exec(name, where string, args []string) error {
 	if err != nil {
 		return err
 	}
-	env := append(os.Environ(), "PATH="+c.Tools.Bin+":"+os.Getenv("PATH"), "KUBECONFIG="+c.kubeconfig())
+	// The first of two equal names would win.
+	env := slices.DeleteFunc(os.Environ(), func(s string) bool {
+		return strings.HasPrefix(s, "PATH=") || strings.HasPrefix(s, "KUBECONFIG=")
+	})
+	env = append(env, "PATH="+c.Tools.Bin+":"+os.Getenv("PATH"), "KUBECONFIG="+c.kubeconfig())
 	return fmt.Errorf("running nsenter: %w", syscall.Exec(nsenter, argv, env))
 }
 
@@ -103,7 +108,7 @@ func (l Lab) Status() error {
 			continue
 		}
 		api := "not ready"
-		if _, err := c.kubectl(nil, "get", "--raw", "/readyz", "--request-timeout=2s"); err == nil {
+		if c.answers() {
 			api = "ready"
 		}
 		for _, m := range c.plan.Machines() {

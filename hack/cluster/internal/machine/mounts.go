@@ -50,6 +50,12 @@ func nodeRoot(m Machine, cgroupMode string, keep ...string) error {
 			return err
 		}
 	}
+	// Taken away rather than covered: some look for cgroups in the list of mounts.
+	for _, dir := range []string{"/sys", "/run"} {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("detaching %s: %w", dir, err)
+		}
+	}
 	if err := mount("sysfs", "/sys", "sysfs", ""); err != nil {
 		return err
 	}

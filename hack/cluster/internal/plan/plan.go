@@ -55,12 +55,18 @@ type Plan struct {
 
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9-]{0,30}$`)
 
+// CheckName keeps a cluster's name fit for a directory, a cgroup and a label.
+func CheckName(name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("cluster name %q: want lower-case letters, digits and '-', a letter first, at most 31", name)
+	}
+	return nil
+}
+
 // Check says what is wrong with a specification, all of it at once.
 func (s Spec) Check() error {
 	var errs []error
-	if !nameForm.MatchString(s.Name) {
-		errs = append(errs, fmt.Errorf("cluster name %q: want lower-case letters, digits and '-', a letter first, at most 31", s.Name))
-	}
+	errs = append(errs, CheckName(s.Name))
 	if s.Index < 0 || s.Index > MaxIndex {
 		errs = append(errs, fmt.Errorf("cluster index %d: want 0 to %d", s.Index, MaxIndex))
 	}
