@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Runs the tests, all or the parts that are named, and says at the end how each went.
+#   hack/test.sh               unit, netns and e2e
+#   hack/test.sh unit          no privileges needed (as root, tests of single packages on the real kernel run too)
+#   hack/test.sh netns         the real programs on two nodes made of network namespaces; root
+#   hack/test.sh e2e           a real two-node Kubernetes, brought up and taken down again; root
+# As root nothing may be skipped (FAIRLEAD_REQUIRE_ALL=1, which FAIRLEAD_REQUIRE_ALL=0 undoes): what is missing is
+# installed first by hack/prereq.sh. RACE=1 runs unit tests with the race detector. KEEP=1 leaves the e2e cluster up.
+# Arguments after -- go to go test, as in `hack/test.sh netns -- -run TestDeny -v`.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+parts=() args=()
+while [ $# -gt 0 ]; do
+	case $1 in
+	unit | netns | e2e) parts+=("$1") ;;
+	--) shift; args=("$@"); break ;;
+	*) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+	esac
+	shift
+done
+[ ${#parts[@]} -gt 0 ] || parts=(unit netns e2e)
+
+if [ "$(id -u)" = 0 ]; then
+	export FAIRLEAD_REQUIRE_ALL=${FAIRLEAD_REQUIRE_ALL:-1}
+	hack/prereq.sh || exit 1
+elif [ "${parts[*]}" != unit ]; then
+	echo "test.sh: ${parts[*]}: root is needed; unit tests run without: make test-unit" >&2
+	exit 1
+fi
+
+unit() {
+	local packages
+	packages=$(go list ./... | grep -v -e /tests/netns -e /tests/e2e) || return 1
+	# shellcheck disable=SC2086 # a list of packages
+	go test ${RACE:+-race} "${args[@]}" $packages && (cd hack/cluster && go test "${args[@]}" ./...)
+}
+
+netns() {
+	hack/build.sh cni-agent cni-plugin istiod-lite waypoint ztunnel &&
+		go test -count=1 -timeout 15m "${args[@]}" ./tests/netns/...
+}
+
+e2e() {
+	local environment status
+	hack/build.sh && hack/cluster.sh up || return 1
+	environment=$(hack/cluster.sh env) || return 1
+	(
+		eval "$environment"
+		FAIRLEAD_E2E=1 go test -count=1 -timeout 45m -v "${args[@]}" ./tests/e2e
+	)
+	status=$?
+	if [ "${KEEP:-0}" = 1 ]; then
+		echo "the cluster stays up: hack/cluster.sh down takes it away"
+	else
+		hack/cluster.sh down || status=1
+	fi
+	return "$status"
+}
+
+results=() failed=0
+for part in "${parts[@]}"; do
+	echo "== $part"
+	start=$SECONDS
+	if "$part"; then
+		results+=("$part: passed in $((SECONDS - start)) s")
+	else
+		results+=("$part: FAILED after $((SECONDS - start)) s")
+		failed=1
+	fi
+done
+printf '%s\n' "" "${results[@]}"
+exit "$failed"
