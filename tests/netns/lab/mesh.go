@@ -1,11 +1,236 @@
 package lab
 
-import "time"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+)
 
 // istiodHost is the name under which the mesh's programs know the control plane.
 const istiodHost = "istiod.istio-system.svc"
 
-// stopPatience is how long a program may take to end when asked to.
-const stopPatience = 5 * time.Second
+// rootNamespace is where the mesh's own programs live.
+const rootNamespace = "istio-system"
 
-func (w *World) stopMesh() error { return nil }
+const (
+	// startPatience is how long a program may take until it is ready.
+	startPatience = 20 * time.Second
+	// stopPatience is how long a program may take to end when asked to.
+	stopPatience = 10 * time.Second
+)
+
+// StartMesh starts istiod-lite, and on each node an agent and a ztunnel, and waits until they are ready.
+func (w *World) StartMesh(ctx context.Context) error {
+	if err := w.Namespace(rootNamespace, nil); err != nil {
+		return err
+	}
+	for _, n := range w.Nodes {
+		if err := n.register(); err != nil {
+			return err
+		}
+	}
+	if err := w.step("istiod-lite", func() error { return w.StartIstiod(ctx) }); err != nil {
+		return err
+	}
+	for _, n := range w.Nodes {
+		if err := w.step("cni-agent on "+n.Name, func() error { return n.StartAgent(ctx) }); err != nil {
+			return err
+		}
+		if err := w.step("ztunnel on "+n.Name, func() error { return n.StartZtunnel(ctx) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stopMesh ends the mesh's programs in the order in which they would leave a node, and lets each agent undo what it did.
+func (w *World) stopMesh() error {
+	var errs []error
+	for _, n := range w.Nodes {
+		errs = append(errs, n.StopZtunnel(), n.agent.stop(stopPatience))
+		n.kubelet.end()
+	}
+	return errors.Join(append(errs, w.istiod.stop(stopPatience))...)
+}
+
+// grant lets the bearer of a token speak for a pod, and returns the file that holds the token.
+func (w *World) grant(namespace, serviceAccount, pod string) (string, error) {
+	token := "token-of-" + namespace + "-" + pod
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f, err := os.OpenFile(w.tokenFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", err
+	}
+	_, err = fmt.Fprintf(f, "%s,%s/%s,%s\n", token, namespace, serviceAccount, pod)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return "", err
+	}
+	file := filepath.Join(w.Dir, "ca", token)
+	return file, os.WriteFile(file, []byte(token), 0o600)
+}
+
+func (w *World) tokenFile() string { return filepath.Join(w.Dir, "ca", "tokens.csv") }
+func (w *World) rootCert() string  { return filepath.Join(w.Dir, "ca", "root-cert.pem") }
+
+// StartIstiod starts the control plane and waits until it is ready.
+func (w *World) StartIstiod(ctx context.Context) error {
+	var err error
+	w.istiod, err = w.control.start(filepath.Join(w.Dir, "log"), command{
+		name: "istiod-lite", path: filepath.Join(w.opts.Bin, "istiod-lite"), cgroup: filepath.Join(w.cgroup, "control"),
+		args: []string{
+			"--config-dir=" + w.objects.dir, "--ca-dir=" + filepath.Join(w.Dir, "ca"),
+			"--token-auth-file=" + w.tokenFile(), "--namespace=" + rootNamespace,
+		},
+	})
+	if err != nil {
+		return err
+	}
+	return w.istiod.ready(ctx, w.control, netip.AddrPortFrom(controlAddresses()[0], 15014), "/ready")
+}
+
+// StopIstiod ends the control plane; the proxies keep what they know.
+func (w *World) StopIstiod() error { return w.istiod.stop(stopPatience) }
+
+// register writes the node and its ztunnel pod, which the control plane looks for when the ztunnel asks for
+// certificates of its node's pods.
+func (n *Node) register() error {
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name}}
+	for _, a := range n.Addrs {
+		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
+	}
+	if err := n.world.objects.put("v1", "Node", node); err != nil {
+		return err
+	}
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: rootNamespace, Name: n.ztunnelPod(), UID: types.UID(n.ztunnelPod()), Labels: map[string]string{"app": "ztunnel"},
+		},
+		Spec:   corev1.PodSpec{NodeName: n.Name, ServiceAccountName: "ztunnel", HostNetwork: true},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: n.Addrs[0].String(), HostIP: n.Addrs[0].String()},
+	}
+	if err := n.world.objects.put("v1", "Pod", pod); err != nil {
+		return err
+	}
+	_, err := n.world.grant(rootNamespace, "ztunnel", n.ztunnelPod())
+	return err
+}
+
+func (n *Node) ztunnelPod() string { return "ztunnel-" + n.Name }
+
+// StartAgent starts the node's cni-agent and waits until it is ready.
+func (n *Node) StartAgent(ctx context.Context) error {
+	w := n.world
+	var err error
+	n.agent, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
+		name: "cni-agent." + n.Name, path: filepath.Join(w.opts.Bin, "cni-agent"), cgroup: filepath.Join(n.cgroup, "system"),
+		args: []string{"--config-dir=" + w.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup},
+	})
+	if err != nil {
+		return err
+	}
+	return n.agent.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:8000"), "/healthz")
+}
+
+// StartZtunnel starts the node's ztunnel and waits until it is ready.
+func (n *Node) StartZtunnel(ctx context.Context) error {
+	w := n.world
+	address := "https://" + istiodHost + ":15012"
+	var err error
+	n.ztunnel, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
+		name: "ztunnel." + n.Name, path: filepath.Join(w.opts.Bin, "ztunnel"),
+		cgroup: filepath.Join(n.cgroup, "kubepods", "besteffort", "podztunnel", "ztunnel"),
+		env: []string{
+			"XDS_ADDRESS=" + address, "CA_ADDRESS=" + address, "XDS_ROOT_CA=" + w.rootCert(), "CA_ROOT_CA=" + w.rootCert(),
+			"AUTH_TOKEN=" + filepath.Join(w.Dir, "ca", "token-of-"+rootNamespace+"-"+n.ztunnelPod()),
+			"NODE_NAME=" + n.Name, "POD_NAME=" + n.ztunnelPod(), "POD_NAMESPACE=" + rootNamespace, "SERVICE_ACCOUNT=ztunnel",
+			"INSTANCE_IP=" + n.Addrs[0].String(), "CLUSTER_ID=Kubernetes", "TRUST_DOMAIN=cluster.local",
+			"TERMINATION_GRACE_PERIOD=2s",
+		},
+	})
+	if err != nil {
+		return err
+	}
+	return n.ztunnel.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:15021"), "/healthz/ready")
+}
+
+// KillZtunnel ends the node's ztunnel as a power cut would: SIGKILL, no word to anybody.
+func (n *Node) KillZtunnel() { n.ztunnel.kill() }
+
+// StopZtunnel asks the node's ztunnel to end, and waits for it.
+func (n *Node) StopZtunnel() error { return n.ztunnel.stop(stopPatience) }
+
+// KillAgent ends the node's agent as a power cut would.
+func (n *Node) KillAgent() { n.agent.kill() }
+
+// ready waits until the program answers 200 to a GET from inside its namespace.
+func (p *process) ready(ctx context.Context, t *thread, addr netip.AddrPort, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	return p.waitFor(ctx, func(ctx context.Context) error {
+		_, err := t.get(ctx, addr, path)
+		return err
+	})
+}
+
+// get fetches a page from inside the thread's network namespace.
+func (t *thread) get(ctx context.Context, addr netip.AddrPort, path string) (string, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return netns.Dial(ctx, t.net, netns.DialOptions{}, addr)
+		},
+	}}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr.String()+path, nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("GET %s: %s: %s", path, resp.Status, strings.TrimSpace(string(body)))
+	}
+	return string(body), err
+}
+
+// Get fetches a page of one of the node's programs, as http://127.0.0.1:15020/metrics, by port and path.
+func (n *Node) Get(ctx context.Context, port uint16, path string) (string, error) {
+	return n.thread.get(ctx, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), path)
+}
+
+// Probe makes a call as the node's kubelet would: a program of that name in the node's own namespaces.
+func (n *Node) Probe(ctx context.Context, c Call) (Answer, error) {
+	n.mu.Lock()
+	if n.kubelet == nil {
+		var err error
+		n.kubelet, err = n.thread.startProgram(filepath.Join(n.world.Dir, "log"), command{
+			name: "kubelet." + n.Name, path: filepath.Join(n.cniBin(), kubeletProgram), cgroup: filepath.Join(n.cgroup, "system"),
+		})
+		if err != nil {
+			n.mu.Unlock()
+			return Answer{}, err
+		}
+	}
+	n.mu.Unlock()
+	return n.kubelet.call(ctx, c)
+}
