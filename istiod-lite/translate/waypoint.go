@@ -51,6 +51,16 @@ type WaypointInput struct {
 	// Policies: those whose targetRefs name the Gateway, a service of Services, or (in the root namespace) the
 	// GatewayClass, or any larger set.
 	Policies []*securityv1.AuthorizationPolicy
+	// Previous is WaypointOutput.Memory of the call before this one for the same waypoint; the zero value for the first.
+	Previous WaypointMemory
+}
+
+// WaypointMemory is the version in force of each object that a waypoint uses, to be handed to the next call: an object
+// that becomes invalid then stays in force as it was. It is never changed once made.
+type WaypointMemory struct {
+	httpRoutes map[types.NamespacedName]*gatewayv1.HTTPRoute
+	grpcRoutes map[types.NamespacedName]*gatewayv1.GRPCRoute
+	policies   map[types.NamespacedName]*securityv1.AuthorizationPolicy
 }
 
 // WaypointService is a service as both worlds see it.
@@ -71,6 +81,7 @@ type WaypointOutput struct {
 	Clusters   []*clusterv3.Cluster
 	Endpoints  []*endpointv3.ClusterLoadAssignment
 	Conditions []WaypointCondition
+	Memory     WaypointMemory
 }
 
 // WaypointCondition is one condition, true or false, of an object that this waypoint looked at.
@@ -165,8 +176,20 @@ func refersToService(group *gatewayv1.Group, kind *gatewayv1.Kind, absent gatewa
 	return k == "Service" && (group == nil || *group == "" || *group == "core")
 }
 
-// Waypoint makes the configuration of one waypoint. It never fails as a whole: an object it cannot use is left out,
-// on the safe side, and says so in its condition. docs/waypoint-xds.md lists what is made.
+// Waypoint makes the configuration of one waypoint. It never fails as a whole: an object it cannot use has a condition
+// that says why, and the version of it that was last valid (WaypointInput.Previous) stays in force; one that never was
+// valid is left out. docs/waypoint-xds.md lists what is made.
 func Waypoint(in WaypointInput) WaypointOutput {
-	return WaypointOutput{}
+	w := newWaypointBuilder(in)
+	w.checkPolicies()
+	w.checkRoutes()
+	for _, s := range w.services {
+		w.addService(s)
+	}
+	for _, wl := range sortedWorkloads(in.Workloads) {
+		w.addWorkload(wl)
+	}
+	w.addTunnels()
+	w.addMainListener()
+	return w.output()
 }
