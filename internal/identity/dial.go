@@ -36,6 +36,7 @@ func (p ControlPlane) Dial(context.Context) (*grpc.ClientConn, error) {
 		return nil, fmt.Errorf("control plane address %q: want https://host:port", p.Address)
 	}
 	options := []grpc.DialOption{
+		grpc.WithNoProxy(), // the control plane is never behind a proxy of the environment
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
 	}
 	switch target.Scheme {
