@@ -310,7 +310,7 @@ func (d *Dir) publish(held *kind, eventType watch.EventType, e entry) {
 		held.history = append([]event(nil), held.history[over:]...)
 	}
 	for w := range held.watchers {
-		w.send(ev.Event)
+		w.send(own(ev.Event))
 	}
 }
 

@@ -68,7 +68,7 @@ func (l *listerWatcher) Watch(options metav1.ListOptions) (watch.Interface, erro
 		}
 		for _, ev := range held.history {
 			if ev.version > since {
-				backlog = append(backlog, ev.Event)
+				backlog = append(backlog, own(ev.Event))
 			}
 		}
 	}
@@ -93,7 +93,7 @@ func (l *listerWatcher) check(options metav1.ListOptions) error {
 	return nil
 }
 
-// sorted are the kind's objects by namespace and name. Called with mu held.
+// sorted are copies of the kind's objects by namespace and name. Called with mu held.
 func (d *Dir) sorted(gvk schema.GroupVersionKind) []runtime.Object {
 	held := d.kind(gvk)
 	entries := make([]entry, 0, len(held.objects))
@@ -109,9 +109,14 @@ func (d *Dir) sorted(gvk schema.GroupVersionKind) []runtime.Object {
 	})
 	objects := make([]runtime.Object, len(entries))
 	for i, e := range entries {
-		objects[i] = e.obj
+		objects[i] = e.obj.DeepCopyObject()
 	}
 	return objects
+}
+
+// own is an event whose object the receiver may change, as informers do.
+func own(ev watch.Event) watch.Event {
+	return watch.Event{Type: ev.Type, Object: ev.Object.DeepCopyObject()}
 }
 
 // watcher is one open watch. Its queue is unbounded, so that a slow reader never holds up the directory.
