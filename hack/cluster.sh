@@ -17,6 +17,10 @@ fi
 
 if [ "${1:-}" = install ]; then
     shift
+    case ${1:-} in
+    --name) export CLUSTER="$2"; shift 2 ;;
+    --name=*) export CLUSTER="${1#--name=}"; shift ;;
+    esac
     environment=$("$command" env)
     eval "$environment"
     exec "$here/install.sh" "$@"

@@ -21,7 +21,6 @@ import (
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/build"
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/image"
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/lab"
-	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/machine"
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/pki"
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/plan"
 	"github.com/fairlead-mesh/fairlead/hack/cluster/internal/runc"
@@ -84,7 +83,9 @@ func dispatch(ctx context.Context, name string, args []string) error {
 	unprivileged := map[string]func(context.Context, []string) error{"build": buildTools, "image": writeImage, "pki": writePKI}
 	privileged := map[string]func(context.Context, []string) error{
 		"up": up, "down": down, "status": status, "env": env, "load": load, "exec": execute, "power-cut": powerCut,
-		machine.StageCommand: stage, machine.InitCommand: initMachine,
+	}
+	if handled, err := lab.MachineCommand(name, args); handled {
+		return err
 	}
 	if f, ok := unprivileged[name]; ok {
 		return f(ctx, args)
@@ -110,8 +111,10 @@ func newLab(out *os.File) (lab.Lab, error) {
 		state = "/var/lib/fairlead-lab"
 	}
 	for what, dir := range map[string]string{"FAIRLEAD_STATE": state, "the cache": cache} {
-		if dir == "/run" || strings.HasPrefix(dir, "/run/") || strings.HasPrefix(dir, "/sys/") || strings.HasPrefix(dir, "/etc/") {
-			return lab.Lab{}, fmt.Errorf("%s is %s, which nodes replace by their own; choose another place", what, dir)
+		for _, own := range []string{"/run/", "/sys/", "/proc/", "/etc/", "/opt/", "/var/log/"} {
+			if strings.HasPrefix(dir+"/", own) {
+				return lab.Lab{}, fmt.Errorf("%s is %s, and nodes have a %s of their own; choose another place", what, dir, own)
+			}
 		}
 	}
 	source := os.Getenv("FAIRLEAD_CLUSTER_SOURCE")
@@ -283,20 +286,6 @@ func parseAll(fs *flag.FlagSet, args []string) error {
 		return fmt.Errorf("%s: what is %q?", fs.Name(), fs.Arg(0))
 	}
 	return nil
-}
-
-func stage(_ context.Context, args []string) error {
-	if len(args) != 3 {
-		return errors.New("started by up only")
-	}
-	return machine.Stage(machine.Machine{Cluster: args[0], Name: args[1], Run: args[2]}, os.Stdout)
-}
-
-func initMachine(_ context.Context, args []string) error {
-	if len(args) != 3 {
-		return errors.New("started by up only")
-	}
-	return lab.InitMachine(machine.Machine{Cluster: args[0], Name: args[1], Run: args[2]})
 }
 
 // list is a flag that may be given several times.

@@ -115,10 +115,26 @@ func preflight(spec *plan.Spec) error {
 			errs = append(errs, fmt.Errorf("%s is not installed; hack/prereq.sh installs or names what is missing", t))
 		}
 	}
+	if spec.CNI == "bridge" && !bridgeFilter() {
+		errs = append(errs, errors.New("the kernel does not show bridged packets to kube-proxy (module br_netfilter); use --cni ptp"))
+	}
 	if _, err := os.Stat("/proc/net/if_inet6"); err != nil && spec.IPFamily == "dual" {
 		errs = append(errs, errors.New("this kernel has no IPv6; use --ip-family ipv4"))
 	}
 	return errors.Join(errs...)
+}
+
+// bridgeFilter tells whether packets between two ports of a bridge pass the packet
+// filter; else a Service's answer from a pod on the caller's node is not translated
+// back. Loading the module is all that can be done about it.
+func bridgeFilter() bool {
+	const setting = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+	if _, err := os.Stat(setting); err == nil {
+		return true
+	}
+	_ = exec.Command("modprobe", "br_netfilter").Run()
+	_, err := os.Stat(setting)
+	return err == nil
 }
 
 // claim gives the cluster an index of its own and writes its record.

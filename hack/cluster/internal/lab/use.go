@@ -126,13 +126,24 @@ func (l Lab) Status() error {
 	return w.Flush()
 }
 
-// InitMachine is a machine's first process (see package machine).
-func InitMachine(m machine.Machine) error {
+// MachineCommand runs the commands by which machines are made (see package
+// machine); handled tells whether name was one of them.
+func MachineCommand(name string, args []string) (handled bool, err error) {
+	if name != machine.StageCommand && name != machine.InitCommand {
+		return false, nil
+	}
+	if len(args) != 3 {
+		return true, errors.New("started by up only")
+	}
+	m := machine.Machine{Cluster: args[0], Name: args[1], Run: args[2]}
+	if name == machine.StageCommand {
+		return true, machine.Stage(m, os.Stdout)
+	}
 	c, err := load(m.Run)
 	if err != nil {
-		return err
+		return true, err
 	}
 	goAhead := os.NewFile(3, "go-ahead")
 	defer goAhead.Close()
-	return machine.Init(m, c.plan, c.paths(), goAhead)
+	return true, machine.Init(m, c.plan, c.paths(), goAhead)
 }

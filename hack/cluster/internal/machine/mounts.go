@@ -35,10 +35,12 @@ func nodeRoot(m Machine, cgroupMode string, keep ...string) error {
 		return err
 	}
 	defer kept.close()
-	if err := overlay(m, "/etc"); err != nil {
-		return err
+	for _, dir := range []string{"/etc", "/opt"} {
+		if err := overlay(m, dir); err != nil {
+			return err
+		}
 	}
-	for _, dir := range []string{"/var/lib", "/var/log", "/opt", "/srv", "/mnt"} {
+	for _, dir := range []string{"/var/lib", "/var/log"} {
 		fresh := filepath.Join(m.Dir(), "root", dir)
 		if err := os.MkdirAll(fresh, 0o755); err != nil {
 			return err
@@ -46,6 +48,7 @@ func nodeRoot(m Machine, cgroupMode string, keep ...string) error {
 		if err := bind(fresh, dir); err != nil {
 			return err
 		}
+		// The cluster's own directory may be among what was just covered.
 		if err := kept.restore(dir); err != nil {
 			return err
 		}
