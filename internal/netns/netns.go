@@ -28,7 +28,8 @@ const (
 // Open opens a network namespace by its file, as /var/run/netns/NAME or /proc/PID/ns/net, and refuses a file that is
 // not a network namespace.
 func Open(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	// Non-blocking, for a path that turns out to be a pipe.
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open network namespace", Path: path, Err: err}
 	}
