@@ -50,6 +50,8 @@ type Attempt struct {
 	Took  time.Duration
 	// Server is the pod that answered, Seen the client's address as the server saw it.
 	Server, Seen string
+	// Local is the connection's address at the client's end; empty when there was no connection.
+	Local string
 	// Status is the HTTP status, 0 when there was no answer or the call was TCP.
 	Status int
 	// Body is the beginning of an HTTP body that is not the server program's.

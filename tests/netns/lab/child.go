@@ -129,6 +129,7 @@ func tcpExchange(c Call) func(context.Context, *Attempt) error {
 			}
 			in = bufio.NewReader(conn)
 		}
+		t.Local = conn.LocalAddr().String()
 		mine, mineIn := conn, in
 		if !c.SameConnection {
 			conn = nil
@@ -201,9 +202,16 @@ func serveTCP(l net.Listener, name string) error {
 
 // httpExchange makes a request; everything but the payload is answered in headers.
 func httpExchange(c Call) func(context.Context, *Attempt) error {
+	var local string
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: !c.SameConnection,
-		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, c.To) },
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			conn, err := dial(ctx, c.To)
+			if err == nil {
+				local = conn.LocalAddr().String()
+			}
+			return conn, err
+		},
 	}}
 	method, path := c.Method, c.Path
 	if method == "" {
@@ -231,6 +239,7 @@ func httpExchange(c Call) func(context.Context, *Attempt) error {
 			req.Host = c.Host
 		}
 		resp, err := client.Do(req)
+		t.Local = local
 		if err != nil {
 			return err
 		}

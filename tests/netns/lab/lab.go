@@ -142,6 +142,9 @@ func (w *World) Close() error {
 	return errors.Join(errs...)
 }
 
+// Keep leaves the world's directory behind at Close, with the logs; the next world removes it.
+func (w *World) Keep() { w.opts.Keep = true }
+
 // Pods returns the pods there are now.
 func (w *World) Pods() []*Pod {
 	w.mu.Lock()

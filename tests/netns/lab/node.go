@@ -108,16 +108,14 @@ func (n *Node) mount() error {
 	if err := os.WriteFile(hosts, []byte(lines), 0o644); err != nil {
 		return err
 	}
-	for _, m := range []struct {
-		source, target, kind string
-		flags                uintptr
-	}{
-		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE},
-		{"tmpfs", "/run", "tmpfs", 0},
-		{"bpf", "/sys/fs/bpf", "bpf", 0},
-		{hosts, "/etc/hosts", "", unix.MS_BIND},
+	if err := mountHosts(hosts); err != nil {
+		return err
+	}
+	for _, m := range []struct{ source, target, kind string }{
+		{"tmpfs", "/run", "tmpfs"},
+		{"bpf", "/sys/fs/bpf", "bpf"},
 	} {
-		if err := unix.Mount(m.source, m.target, m.kind, m.flags, ""); err != nil {
+		if err := unix.Mount(m.source, m.target, m.kind, 0, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m.target, err)
 		}
 	}
@@ -125,6 +123,18 @@ func (n *Node) mount() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// mountHosts shows the calling thread, which has a mount namespace of its own, a hosts file. Mounts that others make
+// later are seen here, what is mounted here is seen nowhere else.
+func mountHosts(file string) error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount(file, "/etc/hosts", "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount /etc/hosts: %w", err)
 	}
 	return nil
 }

@@ -35,12 +35,13 @@ type Pod struct {
 	// Addrs are the pod's IPv4 and IPv6 address.
 	Addrs []netip.Addr
 
-	node     *Node
-	id       string // of its container, in the runtime's words
-	thread   *thread
-	host     string // the node's end of its link
-	netns    string // where the node sees its namespace
-	cgroup   string
+	node   *Node
+	id     string // of its container, in the runtime's words
+	thread *thread
+	host   string // the node's end of its link
+	netns  string // where the node sees its namespace
+	cgroup string
+	// One of them is what runs in the pod.
 	program  *program
 	waypoint *process
 }
@@ -51,8 +52,18 @@ func (w *World) Pod(ctx context.Context, spec PodSpec) (*Pod, error) {
 	if spec.ServiceAccount == "" {
 		spec.ServiceAccount = "default"
 	}
-	p := &Pod{PodSpec: spec, UID: uuid.NewString(), node: w.Nodes[spec.Node], id: uuid.NewString()}
-	err := w.step(fmt.Sprintf("pod %s/%s on %s", spec.Namespace, spec.Name, p.node.Name), func() error { return p.create(ctx) })
+	return w.pod(ctx, spec, (*Pod).startApplication)
+}
+
+// pod makes a pod and calls start to start what runs in it.
+func (w *World) pod(ctx context.Context, spec PodSpec, start func(*Pod, context.Context) error) (*Pod, error) {
+	p := newPod(w.Nodes[spec.Node], spec)
+	err := w.step(fmt.Sprintf("pod %s/%s on %s", spec.Namespace, spec.Name, p.node.Name), func() error {
+		if err := p.create(ctx); err != nil {
+			return err
+		}
+		return start(p, ctx)
+	})
 	if err != nil {
 		return nil, errors.Join(err, w.RemovePod(ctx, p))
 	}
@@ -62,17 +73,23 @@ func (w *World) Pod(ctx context.Context, spec PodSpec) (*Pod, error) {
 	return p, w.publish(p)
 }
 
-func (p *Pod) create(ctx context.Context) error {
-	n := p.node
+// newPod gives a pod its names and addresses.
+func newPod(n *Node, spec PodSpec) *Pod {
 	n.mu.Lock()
 	n.pods++
 	number := n.pods
 	n.mu.Unlock()
+	p := &Pod{PodSpec: spec, UID: uuid.NewString(), node: n, id: uuid.NewString()}
 	for _, prefix := range podPrefixes(n.index) {
 		p.Addrs = append(p.Addrs, hostOf(prefix, number+1))
 	}
 	p.host, p.netns = fmt.Sprintf("pod%d", number), "/run/netns/cni-"+p.id
 	p.cgroup = filepath.Join(n.cgroup, "kubepods", "besteffort", "pod"+p.UID, p.id)
+	return p
+}
+
+func (p *Pod) create(ctx context.Context) error {
+	n := p.node
 	if err := os.MkdirAll(p.cgroup, 0o755); err != nil {
 		return err
 	}
@@ -80,10 +97,7 @@ func (p *Pod) create(ctx context.Context) error {
 		return err
 	}
 	var err error
-	p.thread, err = newThread(func() error {
-		return os.NewSyscallError("unshare network namespace", unix.Unshare(unix.CLONE_NEWNET))
-	})
-	if err != nil {
+	if p.thread, err = newThread(p.enter); err != nil {
 		return err
 	}
 	if err := n.thread.do(p.wire); err != nil {
@@ -98,11 +112,26 @@ func (p *Pod) create(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("CNI ADD: %w", err)
 	}
+	return nil
+}
+
+// startApplication starts the program that serves and calls.
+func (p *Pod) startApplication(context.Context) error {
+	n := p.node
+	var err error
 	p.program, err = p.thread.startProgram(filepath.Join(n.world.Dir, "log"), command{
 		name: "pod." + p.Namespace + "." + p.Name, path: filepath.Join(n.cniBin(), podProgram), cgroup: p.cgroup,
 		env: []string{"POD_NAME=" + p.Name},
 	})
 	return err
+}
+
+// enter makes the calling thread one of the pod: a network of its own, and the hosts file in place of a DNS.
+func (p *Pod) enter() error {
+	if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS); err != nil {
+		return os.NewSyscallError("unshare namespaces", err)
+	}
+	return mountHosts(filepath.Join(p.node.dir, "hosts"))
 }
 
 // wire makes the pod's link and shows the pod's namespace where a runtime would, on the node's thread.

@@ -12,13 +12,22 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// ServiceSpec says what Service to make. It has the ports "http" (80 to PortHTTP) and "tcp" (PortTCP), and an address
-// of each family.
+// ServiceSpec says what Service to make. It has an address of each family.
 type ServiceSpec struct {
 	Namespace, Name string
 	// Selector chooses the pods of the namespace that back it.
 	Selector            map[string]string
 	Labels, Annotations map[string]string
+	// Ports are "http" (ServicePortHTTP to PortHTTP) and "tcp" (PortTCP) if none are given.
+	Ports []ServicePort
+}
+
+// ServicePort is one port of a Service.
+type ServicePort struct {
+	Name         string
+	Port, Target int32
+	// AppProtocol may be empty.
+	AppProtocol string
 }
 
 // ServicePortHTTP is the Service's port for PortHTTP of its pods.
@@ -32,6 +41,12 @@ type Service struct {
 
 // Service writes a service; the same name again replaces it and keeps its addresses.
 func (w *World) Service(spec ServiceSpec) (*Service, error) {
+	if spec.Ports == nil {
+		spec.Ports = []ServicePort{
+			{Name: "http", Port: ServicePortHTTP, Target: PortHTTP, AppProtocol: "http"},
+			{Name: "tcp", Port: PortTCP, Target: PortTCP},
+		}
+	}
 	w.mu.Lock()
 	var s *Service
 	for _, known := range w.services {
@@ -48,24 +63,32 @@ func (w *World) Service(spec ServiceSpec) (*Service, error) {
 	}
 	s.ServiceSpec = spec
 	w.mu.Unlock()
-	dual := corev1.IPFamilyPolicyPreferDualStack
-	appProtocol := "http"
-	obj := &corev1.Service{
-		ObjectMeta: metav1.ObjectMeta{Namespace: spec.Namespace, Name: spec.Name, Labels: spec.Labels, Annotations: spec.Annotations},
-		Spec: corev1.ServiceSpec{
-			Selector: spec.Selector, Type: corev1.ServiceTypeClusterIP,
-			IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}, IPFamilyPolicy: &dual,
-			ClusterIP: s.Addrs[0].String(), ClusterIPs: []string{s.Addrs[0].String(), s.Addrs[1].String()},
-			Ports: []corev1.ServicePort{
-				{Name: "http", Protocol: corev1.ProtocolTCP, AppProtocol: &appProtocol, Port: ServicePortHTTP, TargetPort: intstr.FromInt32(PortHTTP)},
-				{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: PortTCP, TargetPort: intstr.FromInt32(PortTCP)},
-			},
-		},
-	}
-	if err := w.objects.put("v1", "Service", obj); err != nil {
+	if err := w.objects.put("v1", "Service", s.object()); err != nil {
 		return nil, err
 	}
 	return s, w.publishEndpoints()
+}
+
+func (s *Service) object() *corev1.Service {
+	dual := corev1.IPFamilyPolicyPreferDualStack
+	obj := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Name, Labels: s.Labels, Annotations: s.Annotations},
+		Spec: corev1.ServiceSpec{
+			Selector: s.Selector, Type: corev1.ServiceTypeClusterIP,
+			IPFamilies: []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}, IPFamilyPolicy: &dual,
+			ClusterIP: s.Addrs[0].String(), ClusterIPs: []string{s.Addrs[0].String(), s.Addrs[1].String()},
+		},
+	}
+	for _, p := range s.Ports {
+		port := corev1.ServicePort{
+			Name: p.Name, Protocol: corev1.ProtocolTCP, Port: p.Port, TargetPort: intstr.FromInt32(p.Target),
+		}
+		if p.AppProtocol != "" {
+			port.AppProtocol = &p.AppProtocol
+		}
+		obj.Spec.Ports = append(obj.Spec.Ports, port)
+	}
+	return obj
 }
 
 // Addr is the service's address and port; v6 chooses the family.
@@ -100,12 +123,9 @@ func (s *Service) slice(pods []*Pod, family int, addressType discoveryv1.Address
 		},
 		AddressType: addressType,
 	}
-	for _, p := range []struct {
-		name string
-		port int32
-	}{{"http", PortHTTP}, {"tcp", PortTCP}} {
+	for _, p := range s.Ports {
 		protocol := corev1.ProtocolTCP
-		slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: &p.name, Port: &p.port, Protocol: &protocol})
+		slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: &p.Name, Port: &p.Target, Protocol: &protocol})
 	}
 	ready, no := true, false
 	for _, p := range pods {
