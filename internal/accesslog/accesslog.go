@@ -33,7 +33,9 @@ type Record struct {
 	Service   string
 	// Direction is "outbound" or "inbound", as the proxy that writes the line sees it.
 	Direction string
-	// Sent and Received are application bytes as the source's side sees them: Sent went to the destination.
+	// Path is how the bytes went: "hbone", "waypoint" (HBONE to a waypoint), "node" (within this node) or "plain".
+	Path string
+	// Received are the application bytes that came from the source, Sent those that went back to it.
 	Sent, Received int64
 	Duration       time.Duration
 	// Flag is the reason in short, as metrics have it (response_flags); "-" when all went well.
@@ -78,6 +80,7 @@ func (l *Log) Write(r *Record) {
 	f.text("dst.namespace", r.Destination.Namespace)
 	f.text("dst.identity", r.Destination.Identity)
 	f.text("direction", r.Direction)
+	f.text("path", r.Path)
 	f.list = append(f.list,
 		zap.Int64("bytes_sent", r.Sent),
 		zap.Int64("bytes_recv", r.Received),

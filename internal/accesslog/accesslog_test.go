@@ -21,12 +21,12 @@ func TestWrite(t *testing.T) {
 		{"complete", Record{
 			Source:      Peer{Addr: netip.MustParseAddrPort("10.0.0.1:40000"), Workload: "client", Namespace: "shop", Identity: "spiffe://td/ns/shop/sa/client"},
 			Destination: Peer{Addr: netip.MustParseAddrPort("[fd00::2]:15008"), Workload: "web", Namespace: "shop", Identity: "spiffe://td/ns/shop/sa/web"},
-			HBONEAddr:   "[fd00::2]:80", Service: "web.shop.svc.cluster.local", Direction: "outbound",
+			HBONEAddr:   "[fd00::2]:80", Service: "web.shop.svc.cluster.local", Direction: "outbound", Path: "hbone",
 			Sent: 12, Received: 34, Duration: 1500 * time.Millisecond, Flag: "-",
 		}, zapcore.InfoLevel, map[string]any{
 			"src.addr": "10.0.0.1:40000", "src.workload": "client", "src.namespace": "shop", "src.identity": "spiffe://td/ns/shop/sa/client",
 			"dst.addr": "[fd00::2]:15008", "dst.workload": "web", "dst.namespace": "shop", "dst.identity": "spiffe://td/ns/shop/sa/web",
-			"dst.hbone_addr": "[fd00::2]:80", "dst.service": "web.shop.svc.cluster.local", "direction": "outbound",
+			"dst.hbone_addr": "[fd00::2]:80", "dst.service": "web.shop.svc.cluster.local", "direction": "outbound", "path": "hbone",
 			"bytes_sent": int64(12), "bytes_recv": int64(34), "duration": "1500ms", "response_flags": "-",
 		}},
 		{"denied", Record{

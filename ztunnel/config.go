@@ -1,0 +1,124 @@
+package ztunnel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/fairlead-mesh/fairlead/internal/identity"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/zds"
+)
+
+// Config is what one ztunnel process needs to know.
+type Config struct {
+	NodeName     string
+	PodName      string
+	PodNamespace string
+	// InstanceIP is ztunnel's own pod address, which it tells the control plane.
+	InstanceIP  netip.Addr
+	ClusterID   string
+	Network     string
+	TrustDomain string
+
+	// XDS and CA are the control plane's two services, usually at the same address.
+	XDS identity.ControlPlane
+	CA  identity.ControlPlane
+	// FakeCA: certificates are self-made; only for trying things out alone.
+	FakeCA bool
+
+	ZDSSocket string
+	// BPFFS is where the CNI agent of this project pins what it shares with the proxy.
+	BPFFS string
+
+	AdminAddr     string
+	StatsAddr     string
+	ReadinessAddr string
+	// TerminationGrace is how long open connections may go on after SIGTERM.
+	TerminationGrace time.Duration
+	LogLevel         string
+	// ForceHBONE: connections between two pods of this node go through a tunnel too.
+	ForceHBONE bool
+	// Goroutines: tunnels are driven by goroutines instead of event loops.
+	Goroutines bool
+}
+
+const (
+	defaultXDSAddress = "https://istiod.istio-system.svc:15012"
+	defaultRootCA     = "/var/run/secrets/istio/root-cert.pem"
+)
+
+// ConfigFromEnv reads the configuration from the environment variables of Istio's ztunnel and a few of our own.
+func ConfigFromEnv(getenv func(string) string) (Config, error) {
+	get := func(name, otherwise string) string {
+		if v := getenv(name); v != "" {
+			return v
+		}
+		return otherwise
+	}
+	var errs []error
+	host, _ := os.Hostname()
+	c := Config{
+		NodeName:      get("NODE_NAME", host),
+		PodName:       get("POD_NAME", host),
+		PodNamespace:  get("POD_NAMESPACE", "istio-system"),
+		ClusterID:     get("CLUSTER_ID", "Kubernetes"),
+		Network:       getenv("NETWORK"),
+		TrustDomain:   get("TRUST_DOMAIN", mesh.DefaultTrustDomain),
+		ZDSSocket:     get("INPOD_UDS", zds.DefaultSocket),
+		BPFFS:         get("FAIRLEAD_BPFFS", "/sys/fs/bpf/fairlead"),
+		AdminAddr:     get("ADMIN_ADDR", "localhost:15000"),
+		StatsAddr:     get("STATS_ADDR", ":15020"),
+		ReadinessAddr: get("READINESS_ADDR", ":15021"),
+		LogLevel:      get("LOG_LEVEL", get("RUST_LOG", "info")),
+	}
+	c.FakeCA = boolean(getenv, "FAKE_CA", &errs)
+	c.ForceHBONE = boolean(getenv, "FAIRLEAD_FORCE_HBONE", &errs)
+	c.Goroutines = boolean(getenv, "FAIRLEAD_GOROUTINES", &errs)
+	token := get("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token")
+	c.XDS = identity.ControlPlane{
+		Address: get("XDS_ADDRESS", defaultXDSAddress), RootFile: get("XDS_ROOT_CA", defaultRootCA),
+		TokenFile: token, ServerName: getenv("ALT_XDS_HOSTNAME"),
+	}
+	c.CA = identity.ControlPlane{
+		Address: get("CA_ADDRESS", c.XDS.Address), RootFile: get("CA_ROOT_CA", c.XDS.RootFile),
+		TokenFile: token, ServerName: get("ALT_CA_HOSTNAME", c.XDS.ServerName),
+	}
+	if ip := getenv("INSTANCE_IP"); ip != "" {
+		addr, err := netip.ParseAddr(ip)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("INSTANCE_IP: %w", err))
+		}
+		c.InstanceIP = addr
+	}
+	grace, err := duration(get("TERMINATION_GRACE_PERIOD", "5s"))
+	if err != nil {
+		errs = append(errs, fmt.Errorf("TERMINATION_GRACE_PERIOD: %w", err))
+	}
+	c.TerminationGrace = grace
+	return c, errors.Join(errs...)
+}
+
+// boolean reads a switch: unset is off.
+func boolean(getenv func(string) string, name string, errs *[]error) bool {
+	text := getenv(name)
+	if text == "" {
+		return false
+	}
+	on, err := strconv.ParseBool(text)
+	if err != nil {
+		*errs = append(*errs, fmt.Errorf("%s: %w", name, err))
+	}
+	return on
+}
+
+// duration reads "10s" or a number of seconds.
+func duration(text string) (time.Duration, error) {
+	if seconds, err := strconv.ParseUint(text, 10, 32); err == nil {
+		return time.Duration(seconds) * time.Second, nil
+	}
+	return time.ParseDuration(text)
+}

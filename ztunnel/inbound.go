@@ -1,0 +1,176 @@
+package ztunnel
+
+// A connection that arrives through a tunnel for an application of this node, in steps:
+//  1. It is asked for inside a tunnel whose handshake has proven the peer's identity.
+//  2. What the mesh knows at this moment is taken.
+//  3. internal/route/inbound.go decides whether it is for this pod.
+//  4. internal/authz/authz.go decides whether this peer may come in.
+//  5. The application is dialled, with the client's address as the source.
+//  6. The peer is answered, bytes are relayed until both ends have finished, and one line is written.
+// Next: internal/authz/authz.go
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/authz"
+	"github.com/fairlead-mesh/fairlead/internal/hbone"
+	"github.com/fairlead-mesh/fairlead/internal/identity"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/relay"
+	"github.com/fairlead-mesh/fairlead/internal/route"
+	"github.com/fairlead-mesh/fairlead/internal/state"
+)
+
+// newServer makes the HBONE server of a pod: it answers with the pod's identity.
+func (p *Proxy) newServer(ctx context.Context, pod *pod) *hbone.Server {
+	config := identity.ServerTLS(ctx, p.certs, pod.identity)
+	return hbone.NewServer(hbone.ServerConfig{
+		TLS: func(_ context.Context, hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			return config.GetConfigForClient(hello)
+		},
+		Handle: func(in *hbone.Incoming) { p.serveInbound(pod, in) },
+		Driver: p.driver,
+		Log:    p.log,
+	})
+}
+
+// serveInbound answers one CONNECT.
+func (p *Proxy) serveInbound(pod *pod, in *hbone.Incoming) {
+	c := p.connections.open(pod, inbound, in.RemoteAddr, in.LocalAddr)
+	c.path, c.mutualTLS, c.hbone = pathHBONE, true, in.Authority
+	if failed := p.letIn(c, in); failed != nil {
+		in.Reject(reasons[failed.reason].status, failed.Error())
+		c.fail(failed)
+	}
+}
+
+// letIn decides and connects. Without a failure, the stream belongs to a relay.
+func (p *Proxy) letIn(c *connection, in *hbone.Incoming) *failure {
+	ctx, cancel := context.WithTimeout(in.Context(), setupTimeout)
+	defer cancel()
+	peer, err := identity.FromTLS(*in.Peer)
+	if err != nil {
+		return fail(reasonIdentity, "%w", err)
+	}
+	c.sourceID, c.destID = peer, c.pod.identity
+	snap, self, failed := p.view(ctx, c.pod)
+	if failed != nil {
+		return failed
+	}
+	c.destination = self
+	c.describeSource(snap, self, in)
+	d := route.Inbound(self, in.LocalAddr.Addr(), in.Authority)
+	if d.Action == route.Refuse {
+		return refused(d)
+	}
+	p.connections.retarget(c, d.Target)
+	if failed := c.refuseOwnListener(); failed != nil {
+		return failed
+	}
+	if failed := c.authorize(p.store, authz.Connection{Source: peer, SourceIP: c.client.Addr(), Destination: d.Target}); failed != nil {
+		return failed
+	}
+	app, err := p.dialApplication(ctx, c)
+	if err != nil {
+		return classify(err)
+	}
+	stream, err := in.Accept()
+	if err != nil {
+		reset(app)
+		return classify(err)
+	}
+	c.establish()
+	c.attach(stream.Abort, stream.Counters)
+	stream.Relay(app, func(r relay.Result) { c.finish(r, r.Received, r.Sent) })
+	return nil
+}
+
+// describeSource finds out what can be said of the peer for logs and metrics: the workload with its address, when that
+// has the identity the peer has proven, and the service that it says it was asked for.
+func (c *connection) describeSource(snap *state.Snapshot, self *mesh.Workload, in *hbone.Incoming) {
+	at := mesh.NetworkAddress{Network: self.Network, Address: c.client.Addr()}
+	if w := snap.WorkloadAt(at); w != nil && (c.sourceID.IsZero() || w.Identity() == c.sourceID) {
+		c.source = w
+	}
+	if in == nil {
+		return
+	}
+	host := forwardedHost(in.Get("forwarded"))
+	for key := range self.Services {
+		if key.Hostname == host {
+			c.service = snap.Service(key)
+		}
+	}
+}
+
+// retarget notes the application's address of a connection that came through a tunnel.
+func (s *connections) retarget(c *connection, target netip.AddrPort) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgetPort(c)
+	c.asked, c.hop = target, target
+	s.ports[portKey{c.client, c.asked}]++
+}
+
+// refuseOwnListener refuses what would lead back into this proxy.
+func (c *connection) refuseOwnListener() *failure {
+	for _, l := range c.pod.listeners {
+		if l.slots && c.asked == l.addr || !l.slots && c.asked.Port() == l.addr.Port() {
+			return fail(reasonSelfCall, "port %d is the proxy's own", c.asked.Port())
+		}
+	}
+	return nil
+}
+
+// sourcePorts are where a source port is looked for when the kernel's choice might be in use by the client: outside of
+// what Linux gives to clients by default (32768 to 60999).
+const (
+	firstSourcePort = 10000
+	sourcePorts     = 32768 - firstSourcePort
+	portAttempts    = 8
+)
+
+// dialApplication connects to the pod's application from the client's address, so that the application sees who calls.
+// A client of another family than the application's cannot be shown, nor one on loopback.
+func (p *Proxy) dialApplication(ctx context.Context, c *connection) (*net.TCPConn, error) {
+	client := c.client.Addr()
+	if client.Is4() != c.asked.Addr().Is4() || client.IsLoopback() {
+		return netns.Dial(ctx, c.pod.Netns, netns.DialOptions{Mark: netns.ProxyMark}, c.asked)
+	}
+	options := netns.DialOptions{Source: netip.AddrPortFrom(client, 0), Transparent: true, Mark: netns.ProxyMark}
+	if c.pod.slots {
+		// The pod's routing brings what carries this mark to lo, and so the application's answers back here.
+		options.Mark, options.Device = netns.RedirectMark, "lo"
+	}
+	if c.path != pathPlain {
+		return netns.Dial(ctx, c.pod.Netns, options, c.asked)
+	}
+	// The client's own connections to this very address exist in this namespace, held by the plaintext listener: one more
+	// between the same two ends would be taken for them. The kernel does not see that, as the ends are the other way round.
+	var err error
+	for range portAttempts {
+		port := uint16(firstSourcePort + rand.N(sourcePorts))
+		options.Source = netip.AddrPortFrom(client, port)
+		if p.connections.clientUses(options.Source, c.asked) {
+			continue
+		}
+		var conn *net.TCPConn
+		conn, err = netns.Dial(ctx, c.pod.Netns, options, c.asked)
+		if !isPortTaken(err) {
+			return conn, err
+		}
+	}
+	return nil, fail(reasonConnect, "no free source port: %w", err)
+}
+
+func isPortTaken(err error) bool {
+	return errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
+}

@@ -1,0 +1,56 @@
+package ztunnel
+
+// A connection that arrives in plaintext for an application of this node, in steps:
+//  1. It is accepted in the pod's network namespace. Nobody has proven who the client is.
+//  2. The policies are asked without an identity: one that requires mutual TLS refuses it.
+//  3. The application is dialled, with the client's address as the source.
+//  4. Bytes are relayed until both ends have finished, and one line is written.
+// Next: internal/authz/authz.go
+
+import (
+	"context"
+	"net"
+
+	"github.com/fairlead-mesh/fairlead/internal/authz"
+	"github.com/fairlead-mesh/fairlead/internal/relay"
+)
+
+// servePassthrough carries one connection from a client outside the mesh, which it owns.
+func (p *Proxy) servePassthrough(ctx context.Context, pod *pod, l *listener, client *net.TCPConn) {
+	asked, failed := l.asked(client)
+	c := p.connections.open(pod, inbound, addrPort(client.RemoteAddr()), asked)
+	c.path = pathPlain
+	if failed == nil {
+		failed = p.passThrough(ctx, c, client)
+	}
+	if failed != nil {
+		reset(client)
+		c.fail(failed)
+	}
+}
+
+// passThrough decides and connects. Without a failure, client belongs to a relay.
+func (p *Proxy) passThrough(ctx context.Context, c *connection, client *net.TCPConn) *failure {
+	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
+	defer cancel()
+	snap, self, failed := p.view(ctx, c.pod)
+	if failed != nil {
+		return failed
+	}
+	c.destination, c.hop = self, c.asked
+	c.describeSource(snap, self, nil)
+	if failed := c.refuseOwnListener(); failed != nil {
+		return failed
+	}
+	if failed := c.authorize(p.store, authz.Connection{SourceIP: c.client.Addr(), Destination: c.asked}); failed != nil {
+		return failed
+	}
+	app, err := p.dialApplication(ctx, c)
+	if err != nil {
+		return classify(err)
+	}
+	c.establish()
+	h := relay.Splice(client, app, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
+	c.attach(h.Abort, h.Counters)
+	return nil
+}

@@ -1,0 +1,226 @@
+// Package ztunnel is the node proxy: every TCP connection of the node's pods goes through it, in mutual TLS from node to
+// node. proxy.go puts it together; outbound.go, inbound.go and passthrough.go each carry one kind of connection.
+package ztunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/fairlead-mesh/fairlead/internal/accesslog"
+	"github.com/fairlead-mesh/fairlead/internal/admin"
+	"github.com/fairlead-mesh/fairlead/internal/hbone"
+	"github.com/fairlead-mesh/fairlead/internal/identity"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/state"
+	"github.com/fairlead-mesh/fairlead/internal/xds"
+	"github.com/fairlead-mesh/fairlead/internal/zds"
+)
+
+const (
+	// viewTimeout is how long a connection waits until the control plane has told of its pod.
+	viewTimeout = 5 * time.Second
+	// forgetInterval is how often what is kept for workloads that are gone is dropped.
+	forgetInterval = time.Minute
+	// closeTimeout is how long the end of the process waits for tunnels to say goodbye.
+	closeTimeout = time.Second
+)
+
+// Proxy is one ztunnel.
+type Proxy struct {
+	cfg         Config
+	log         *zap.Logger
+	store       *state.Store
+	certs       *identity.Certificates
+	driver      hbone.Driver
+	pool        *hbone.Pool
+	xds         *xds.Client
+	pods        *pods
+	connections *connections
+	metrics     *metrics
+	registry    *prometheus.Registry
+
+	// running ends when the process is about to: connections live in it.
+	running  context.Context
+	draining atomic.Bool
+}
+
+// Log is where a proxy writes.
+type Log struct {
+	Process *zap.Logger
+	Level   zap.AtomicLevel
+	Access  *accesslog.Log
+}
+
+// Run serves the node until ctx ends, then lets open connections end, for Config.TerminationGrace at most.
+func Run(ctx context.Context, cfg Config, log Log) error {
+	running, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	p, err := newProxy(running, cfg, log)
+	if err != nil {
+		return err
+	}
+	group, groupCtx := errgroup.WithContext(running)
+	background := func(name string, run func(context.Context) error) {
+		group.Go(func() error {
+			if err := run(groupCtx); err != nil && groupCtx.Err() == nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	background("admin", func(ctx context.Context) error {
+		return admin.Serve(ctx, cfg.AdminAddr, admin.Admin(func() any { return p.dump() }, log.Level))
+	})
+	background("metrics", func(ctx context.Context) error { return admin.Serve(ctx, cfg.StatsAddr, admin.Stats(p.registry)) })
+	background("readiness", func(ctx context.Context) error {
+		return admin.Serve(ctx, cfg.ReadinessAddr, admin.Readiness(p.ready))
+	})
+	background("xds", p.xds.Run)
+	background("pods", (&zds.Client{Socket: cfg.ZDSSocket, Handler: p.pods, Log: log.Process}).Run)
+	background("recheck", p.recheck)
+	select {
+	case <-ctx.Done():
+		p.drain(groupCtx)
+	case <-groupCtx.Done(): // a part has failed
+	}
+	p.close()
+	stop()
+	return group.Wait()
+}
+
+// newProxy puts the parts together. running ends what they do in the background.
+func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
+	description, err := node(cfg)
+	if err != nil {
+		return nil, err
+	}
+	fetcher, err := newFetcher(cfg)
+	if err != nil {
+		return nil, err
+	}
+	p := &Proxy{
+		cfg: cfg, log: log.Process, running: running,
+		store:    state.New(),
+		registry: prometheus.NewRegistry(),
+		certs:    identity.NewCertificates(running, fetcher, log.Process),
+		driver:   newDriver(cfg),
+	}
+	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	p.metrics = newMetrics(p.registry)
+	p.connections = newConnections(log.Access, p.metrics)
+	p.pool = hbone.NewPool(hbone.PoolConfig{Driver: p.driver, Log: log.Process})
+	p.pods = newPods(p)
+	p.xds = xds.NewClient(xds.ClientConfig{Dial: cfg.XDS.Dial, Node: description, Log: log.Process})
+	subscribe(p.xds, p.store)
+	return p, nil
+}
+
+// newFetcher is where certificates come from.
+func newFetcher(cfg Config) (identity.Fetcher, error) {
+	if cfg.FakeCA {
+		return identity.NewSelfSigned(cfg.TrustDomain, 0)
+	}
+	return identity.NewCA(identity.ClientConfig{Dial: cfg.CA.Dial, ClusterID: cfg.ClusterID}), nil
+}
+
+// view is what the mesh knows at this moment, and of the pod itself. A pod that has just started may be ahead of the
+// control plane, so it waits for a while; without knowing what protects the pod and what it may reach, nothing passes.
+func (p *Proxy) view(ctx context.Context, pod *pod) (*state.Snapshot, *mesh.Workload, *failure) {
+	ctx, cancel := context.WithTimeout(ctx, viewTimeout)
+	defer cancel()
+	select {
+	case <-p.xds.Synced():
+	case <-ctx.Done():
+		return nil, nil, fail(reasonNotSynced, "no configuration from the control plane yet")
+	}
+	for {
+		changed := p.store.Changed()
+		snap := p.store.Load()
+		if self := pod.workload(snap); self != nil {
+			return snap, self, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, nil, fail(reasonNotSynced, "the control plane has not told of workload %s yet", pod.workloadUID)
+		}
+	}
+}
+
+// recheck asks the policies of each new snapshot about the live connections.
+func (p *Proxy) recheck(ctx context.Context) error {
+	forgotten := time.Now()
+	for {
+		changed := p.store.Changed()
+		snap := p.store.Load()
+		p.connections.recheck(snap)
+		if now := time.Now(); now.Sub(forgotten) > forgetInterval {
+			forgotten = now
+			p.metrics.forget(func(w *mesh.Workload, s *mesh.Service) bool {
+				return w != nil && snap.Workload(w.UID) != w || s != nil && snap.Service(s.Key()) != s
+			})
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// ready is nil when connections of this node's pods can be carried.
+func (p *Proxy) ready() error {
+	if p.draining.Load() {
+		return errors.New("shutting down")
+	}
+	select {
+	case <-p.xds.Synced():
+	default:
+		return errors.New("no configuration from the control plane yet")
+	}
+	if !p.pods.synced() {
+		return errors.New("the CNI agent has not named the node's pods yet")
+	}
+	return nil
+}
+
+// drain waits until the connections have ended. New ones are still accepted: the node has no other proxy yet.
+func (p *Proxy) drain(ctx context.Context) {
+	p.draining.Store(true)
+	p.log.Info("shutting down", zap.Duration("grace", p.cfg.TerminationGrace))
+	grace := time.NewTimer(p.cfg.TerminationGrace)
+	defer grace.Stop()
+	select {
+	case <-p.connections.drained():
+	case <-grace.C:
+	case <-ctx.Done():
+	}
+}
+
+// close ends listeners first, so that redirection refuses, and then the tunnels.
+func (p *Proxy) close() {
+	p.pods.close()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(p.running), closeTimeout)
+	defer cancel()
+	var servers sync.WaitGroup
+	for _, pod := range p.pods.list() {
+		servers.Go(func() {
+			_ = pod.server.Drain(ctx) // what has not ended by then is cut
+			pod.server.Close()
+		})
+	}
+	servers.Go(func() {
+		_ = p.pool.Drain(ctx)
+		p.pool.Close()
+	})
+	servers.Wait()
+}
