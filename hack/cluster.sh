@@ -6,6 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cache=${FAIRLEAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fairlead}
 # One command per checkout: two of them may differ.
 command=$cache/cluster/command-$(printf %s "$here" | cksum | cut -d' ' -f1)
+PATH=$PATH:/usr/sbin:/sbin
 export FAIRLEAD_CLUSTER_SOURCE="$here/cluster"
 
 if [ ! -x "$command" ] || [ -n "$(find "$here/cluster" -path "$here/cluster/build" -prune -o -newer "$command" -print -quit)" ]; then

@@ -147,6 +147,11 @@ func (hs Hierarchies) Ensure(path string) error {
 	return nil
 }
 
+// Exists tells whether Root/path is there in any hierarchy.
+func (hs Hierarchies) Exists(path string) bool {
+	return slices.ContainsFunc(hs, func(h Hierarchy) bool { return exists(filepath.Join(h.Mount, Root, path)) })
+}
+
 // Delegate hands every controller of the v2 group dir to its children, one by one:
 // some (cpu, with realtime processes about) cannot be handed on everywhere.
 func Delegate(dir string) {

@@ -162,10 +162,8 @@ func checkGone(t *testing.T, c cluster) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, h := range groups {
-		if dir := filepath.Join(h.Mount, cgroup.Root, c.Spec.Name); exists(dir) {
-			t.Errorf("cgroup left: %s", dir)
-		}
+	if groups.Exists(c.Spec.Name) {
+		t.Errorf("cgroups of %s are left", c.Spec.Name)
 	}
 	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(b, []byte(c.run)) {
 		t.Errorf("mount left (%v)", err)
@@ -196,9 +194,4 @@ func processes(t *testing.T, path string) []string {
 		}
 	}
 	return found
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
 }

@@ -150,6 +150,13 @@ func (l Lab) claim(r Record) (cluster, error) {
 			taken[c.Spec.Index] = true
 		}
 	}
+	groups, err := cgroup.Discover()
+	if err != nil {
+		return cluster{}, err
+	}
+	if groups.Exists(r.Spec.Name) {
+		return cluster{}, fmt.Errorf("cgroups of a cluster %s exist: one of that name lives in another FAIRLEAD_STATE, or its directory was deleted while it ran; choose another name", r.Spec.Name)
+	}
 	routed, err := network.Routed()
 	if err != nil {
 		return cluster{}, err
