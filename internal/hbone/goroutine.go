@@ -236,6 +236,11 @@ func (t *goTunnel) gather(out []byte) []byte {
 			break
 		}
 		s.queued = false
+		if code, cut := s.takeCut(); cut {
+			s.ms.Reset(code)
+			s.end(&ResetError{Code: code})
+			continue
+		}
 		var more bool
 		if out, more = s.pump(out, outChunk-len(out)); more {
 			t.queue(s)

@@ -98,21 +98,22 @@ func (s *Stream) end(err error) {
 	}
 }
 
-// pump moves what the stream wants into the machine and its payload behind frame headers in out, at most room bytes of
-// it; it returns out. more says that the stream has output left although its window is open.
+// takeCut says that a reset is wanted, once, and with which code.
+func (s *Stream) takeCut() (code uint32, cut bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	code, cut = s.cutCode, s.cut
+	s.cut = false
+	return code, cut
+}
+
+// pump moves what the stream wants into the machine and appends its frames to out, at most room bytes of them. more says that the stream has output left although its window is open.
 func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 	s.mu.Lock()
 	ms := s.ms
 	if s.credit > 0 {
 		ms.Consumed(s.credit)
 		s.credit = 0
-	}
-	if s.cut {
-		s.cut = false
-		s.mu.Unlock()
-		ms.Reset(s.cutCode)
-		s.end(&ResetError{Code: s.cutCode})
-		return out, false
 	}
 	if ms.Gone() || !s.mayWrite() {
 		s.mu.Unlock()
@@ -125,7 +126,7 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 			s.blocked = true
 			break
 		}
-		if n = min(n, room); n <= 0 {
+		if n = min(n, room-machine.HeaderLen); n <= 0 {
 			more = true
 			break
 		}
@@ -136,9 +137,11 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 		if s.wq = s.wq[n:]; len(s.wq) == 0 {
 			s.wq = nil
 		}
-		room -= n
+		room -= machine.HeaderLen + n
 	}
-	if len(s.wq) == 0 && s.wfin && !ms.SentEnd() {
+	if len(s.wq) == 0 && s.wfin && !ms.SentEnd() && room < machine.HeaderLen {
+		more = true
+	} else if len(s.wq) == 0 && s.wfin && !ms.SentEnd() {
 		at := len(out)
 		out = append(out, make([]byte, machine.HeaderLen)...)
 		ms.DataHeader(out[at:], 0, true)

@@ -18,9 +18,16 @@ func newSum() hash.Hash { return sha256.New() }
 
 // drivers lists every pair of drivers that must understand each other.
 func drivers(t *testing.T, f func(t *testing.T, client, server Driver)) {
-	all := map[string]func(t *testing.T) Driver{"goroutines": func(*testing.T) Driver { return Goroutines() }}
+	all := map[string]func(t *testing.T) Driver{
+		"goroutines": func(*testing.T) Driver { return Goroutines() },
+		"loop":       func(t *testing.T) Driver { return newLoops(t, 1) },
+		"two loops":  func(t *testing.T) Driver { return newLoops(t, 2) },
+	}
 	for cn, c := range all {
 		for sn, s := range all {
+			if cn == "two loops" != (sn == "two loops") {
+				continue
+			}
 			t.Run(cn+" to "+sn, func(t *testing.T) { f(t, c(t), s(t)) })
 		}
 	}
@@ -246,4 +253,13 @@ func TestRelayAbort(t *testing.T) {
 			t.Errorf("result %+v", r)
 		}
 	})
+}
+
+func newLoops(t testing.TB, n int) Driver {
+	d, err := Loops(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Stop)
+	return d
 }

@@ -48,6 +48,7 @@ type Stream struct {
 	ms      *machine.Stream // owned by the driver
 	queued  bool            // owned by the driver: on its list of streams to pump
 	blocked bool            // owned by the driver: has output that the windows do not let out
+	app     *loopApp        // owned by the loop driver: the relayed application socket
 	cancel  func()          // ends Incoming.Context
 }
 

@@ -157,6 +157,9 @@ func (c *Conn) Flushed(n int) {
 	}
 }
 
+// Open says that the connection's window lets payload out.
+func (c *Conn) Open() bool { return c.sendWin > 0 }
+
 // Streams counts the open streams.
 func (c *Conn) Streams() int { return len(c.streams) }
 

@@ -79,11 +79,14 @@ func (s *Stream) Answer(status int, header []hpack.HeaderField, end bool) {
 }
 
 // Budget is how many bytes of payload the next DATA frame may carry; 0 = none now.
-func (s *Stream) Budget() int {
+func (s *Stream) Budget() int { return min(s.Window(), s.c.peerFrame) }
+
+// Window is how many bytes of payload may be sent now, in any number of frames of which none is longer than 16 KiB.
+func (s *Stream) Window() int {
 	if s.gone || s.sentEnd || s.c.err != nil {
 		return 0
 	}
-	return int(max(0, min(s.sendWin, s.c.sendWin, int64(s.c.peerFrame))))
+	return int(max(0, min(s.sendWin, s.c.sendWin)))
 }
 
 // DataHeader writes the header of a DATA frame of n bytes, n at most Budget, to b[:HeaderLen] and counts it as sent. An

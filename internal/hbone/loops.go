@@ -1,0 +1,192 @@
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/loop"
+	"github.com/fairlead-mesh/fairlead/internal/tlsrecord"
+)
+
+const (
+	readSize  = 256 << 10 // one read of a tunnel's socket
+	sendSize  = 256 << 10 // application bytes in one send of a tunnel
+	ctlSize   = 48 << 10  // room that application bytes leave to control frames
+	maxPinned = 32        // read buffers that slow applications may keep from being used again, per loop
+	freeList  = 8         // buffers of each kind that a loop keeps for reuse
+)
+
+// Loops is the driver of event loops: a tunnel and the application sockets relayed over it belong to one of n loops, which
+// does their records, frames and system calls without a goroutine or a lock per connection. n = 0 means one per two
+// cores. Tunnels whose connection is not a *net.TCPConn are given to Goroutines.
+func Loops(n int) (*LoopDriver, error) {
+	if n == 0 {
+		n = max(1, runtime.GOMAXPROCS(0)/2)
+	}
+	d := &LoopDriver{}
+	for range n {
+		w := &worker{start: time.Now()}
+		l, err := loop.New(w.turn)
+		if err != nil {
+			d.Stop()
+			return nil, err
+		}
+		w.loop = l
+		d.workers = append(d.workers, w)
+	}
+	return d, nil
+}
+
+// LoopDriver is a set of event loops.
+type LoopDriver struct {
+	workers []*worker
+	next    atomic.Uint32
+}
+
+// Stop ends the loops. Close the pools and servers that use them before.
+func (d *LoopDriver) Stop() {
+	for _, w := range d.workers {
+		w.loop.Stop()
+	}
+}
+
+func (d *LoopDriver) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tunnelConfig) (tunnel, error) {
+	tcp, ok := nc.(*net.TCPConn)
+	if !ok {
+		return goroutines{}.start(ctx, nc, cfg, tc)
+	}
+	rec, state, early, err := tlsrecord.Handshake(ctx, tcp, cfg, tc.server)
+	if err == nil {
+		err = checkState(state)
+	}
+	if err != nil {
+		tcp.Close()
+		return nil, &TLSError{Err: err}
+	}
+	info := &connInfo{local: tcp.LocalAddr(), remote: tcp.RemoteAddr(), tls: state}
+	fd, err := loop.Detach(tcp)
+	if err != nil {
+		tcp.Close()
+		return nil, &TunnelError{Err: err}
+	}
+	w := d.workers[d.next.Add(1)%uint32(len(d.workers))]
+	t := newLoopTunnel(w, fd, rec, info, tc)
+	t.tail = early
+	w.loop.Post(t.register)
+	return t, nil
+}
+
+// worker is one loop with what its tunnels share: buffers, and the lists of who has work in this turn.
+type worker struct {
+	loop  *loop.Loop
+	start time.Time
+	now   time.Duration // since start, at the beginning of the turn
+
+	readTunnels, spareTunnels []*loopTunnel // may have bytes to read
+	readApps, spareApps       []*loopApp    // may have bytes to read, and their tunnel takes them
+	fed                       []*loopApp    // got DATA of the read buffer in use
+	dirty                     []*loopTunnel // have output
+
+	in      *readBuf
+	inFree  []*readBuf
+	pinned  int
+	outFree [][]byte
+	iov     [64]unix.Iovec
+}
+
+// readBuf is a buffer that tunnels are read into. DATA that an application does not take at once stays in it.
+type readBuf struct {
+	b    []byte
+	refs int
+}
+
+// turn is one round over all that is ready: tunnels are read and their DATA written to the applications, applications
+// are read into their tunnels' records, and each tunnel with output is sent once.
+func (w *worker) turn() (more bool) {
+	w.now = time.Since(w.start)
+	ts := w.readTunnels
+	w.readTunnels = w.spareTunnels[:0]
+	for i, t := range ts {
+		ts[i] = nil
+		t.reading = false
+		t.read()
+	}
+	w.spareTunnels = ts
+	as := w.readApps
+	w.readApps = w.spareApps[:0]
+	for i, a := range as {
+		as[i] = nil
+		a.reading = false
+		a.read()
+	}
+	w.spareApps = as
+	for len(w.dirty) > 0 {
+		ds := w.dirty
+		w.dirty = nil
+		for _, t := range ds {
+			t.dirty = false
+			t.flush()
+		}
+		if w.dirty == nil {
+			clear(ds)
+			w.dirty = ds[:0]
+		}
+	}
+	return len(w.readTunnels)+len(w.readApps) > 0
+}
+
+func (w *worker) buffer() *readBuf {
+	if w.in == nil {
+		if n := len(w.inFree); n > 0 {
+			w.in = w.inFree[n-1]
+			w.inFree = w.inFree[:n-1]
+		} else {
+			w.in = &readBuf{b: make([]byte, readSize+tlsrecord.HeaderLen+tlsrecord.MaxPlain+256)}
+		}
+	}
+	return w.in
+}
+
+// unpin gives up one reference to r.
+func (w *worker) unpin(r *readBuf) {
+	if r == nil {
+		return
+	}
+	if r.refs--; r.refs == 0 && r != w.in {
+		w.pinned--
+		if len(w.inFree) < freeList {
+			w.inFree = append(w.inFree, r)
+		}
+	}
+}
+
+// retire sets the read buffer aside when applications hold parts of it.
+func (w *worker) retire() {
+	if w.in.refs > 0 {
+		w.pinned++
+		w.in = nil
+	}
+}
+
+// sendBuffer is a buffer for a tunnel's records.
+func (w *worker) sendBuffer() []byte {
+	if n := len(w.outFree); n > 0 {
+		b := w.outFree[n-1]
+		w.outFree = w.outFree[:n-1]
+		return b
+	}
+	records := sendSize/tlsrecord.MaxPlain + 1
+	return make([]byte, records*(tlsrecord.HeaderLen+tlsrecord.MaxPlain+tlsrecord.TailLen)+ctlSize)
+}
+
+func (w *worker) freeSendBuffer(b []byte) {
+	if len(w.outFree) < freeList {
+		w.outFree = append(w.outFree, b)
+	}
+}

@@ -1,0 +1,79 @@
+package loop
+
+import (
+	"net"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// System calls on non-blocking descriptors. They cannot sleep, so the Go scheduler is not told of them (RawSyscall); the
+// errno comes back as it is, 0 for success, since an error value would be an allocation on the hot path.
+
+// Read is read(2).
+func Read(fd int, p []byte) (int, syscall.Errno) {
+	return result(unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p))))
+}
+
+// Write is send(2) without SIGPIPE.
+func Write(fd int, p []byte) (int, syscall.Errno) {
+	return result(unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)),
+		unix.MSG_NOSIGNAL, 0, 0))
+}
+
+// Readv is readv(2).
+func Readv(fd int, v []unix.Iovec) (int, syscall.Errno) {
+	return result(unix.RawSyscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(v))), uintptr(len(v))))
+}
+
+// Writev is writev(2), as sendmsg so that SIGPIPE stays off.
+func Writev(fd int, v []unix.Iovec) (int, syscall.Errno) {
+	var m unix.Msghdr
+	m.Iov = unsafe.SliceData(v)
+	m.SetIovlen(len(v))
+	return result(unix.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), unix.MSG_NOSIGNAL))
+}
+
+func result(n, _ uintptr, e syscall.Errno) (int, syscall.Errno) {
+	if e != 0 {
+		return 0, e
+	}
+	return int(n), 0
+}
+
+// ShutdownWrite is shutdown(2) of the writing half. An error means that the connection is gone, which its events tell.
+func ShutdownWrite(fd int) { unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
+
+// LingerZero makes the close of fd a TCP reset.
+func LingerZero(fd int) {
+	l := unix.Linger{Onoff: 1}
+	unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
+}
+
+// SocketError is the pending error of fd (SO_ERROR), 0 for none.
+func SocketError(fd int) syscall.Errno {
+	var v int32
+	n := uint32(4)
+	unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_ERROR, uintptr(unsafe.Pointer(&v)), uintptr(unsafe.Pointer(&n)), 0)
+	return syscall.Errno(v)
+}
+
+// Detach takes c out of the Go netpoller: it returns a descriptor of the same socket, non-blocking and close-on-exec,
+// and closes c. After an error c is still open.
+func Detach(c *net.TCPConn) (int, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, dupErr := -1, error(nil)
+	err = raw.Control(func(f uintptr) { fd, dupErr = unix.FcntlInt(f, unix.F_DUPFD_CLOEXEC, 0) })
+	if err == nil {
+		err = dupErr
+	}
+	if err != nil {
+		return -1, err
+	}
+	c.Close()
+	return fd, nil
+}
