@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"os"
 	"sync"
 	"syscall"
@@ -80,10 +81,11 @@ func try(ctx context.Context, c Call) Answer {
 	if c.Count == 0 && c.Duration == 0 {
 		c.Count = 1
 	}
-	exchange := tcpExchange(c)
+	exchange, end := tcpExchange(c)
 	if c.HTTP {
-		exchange = httpExchange(c)
+		exchange, end = httpExchange(c)
 	}
+	defer end()
 	var a Answer
 	began := time.Now()
 	for ctx.Err() == nil && len(a.Attempts) < maxAttempts {
@@ -115,12 +117,20 @@ type greeting struct {
 	Seen string `json:"seen,omitempty"`
 }
 
-// tcpExchange sends a message and wants it back unchanged.
-func tcpExchange(c Call) func(context.Context, *Attempt) error {
+// exchanger makes one exchange and writes down what it saw.
+type exchanger func(context.Context, *Attempt) error
+
+// tcpExchange sends a message and wants it back unchanged. end closes what is still open.
+func tcpExchange(c Call) (exchange exchanger, end func()) {
 	var conn net.Conn
 	var in *bufio.Reader
+	end = func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}
 	want := payload(c.Size)
-	return func(ctx context.Context, t *Attempt) error {
+	exchange = func(ctx context.Context, t *Attempt) error {
 		if conn == nil {
 			var err error
 			if conn, err = dial(ctx, c.To); err != nil {
@@ -158,6 +168,7 @@ func tcpExchange(c Call) func(context.Context, *Attempt) error {
 		t.Server, t.Seen = g.Pod, g.Seen
 		return <-sent
 	}
+	return exchange, end
 }
 
 func send(w io.Writer, g greeting, body []byte) error {
@@ -200,18 +211,11 @@ func serveTCP(l net.Listener, name string) error {
 	}
 }
 
-// httpExchange makes a request; everything but the payload is answered in headers.
-func httpExchange(c Call) func(context.Context, *Attempt) error {
-	var local string
+// httpExchange makes a request; everything but the payload is answered in headers. end closes what is still open.
+func httpExchange(c Call) (exchange exchanger, end func()) {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: !c.SameConnection,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			conn, err := dial(ctx, c.To)
-			if err == nil {
-				local = conn.LocalAddr().String()
-			}
-			return conn, err
-		},
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, c.To) },
 	}}
 	method, path := c.Method, c.Path
 	if method == "" {
@@ -221,7 +225,10 @@ func httpExchange(c Call) func(context.Context, *Attempt) error {
 		path = "/"
 	}
 	want := payload(c.Size)
-	return func(ctx context.Context, t *Attempt) error {
+	exchange = func(ctx context.Context, t *Attempt) error {
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			GotConn: func(got httptrace.GotConnInfo) { t.Local = got.Conn.LocalAddr().String() },
+		})
 		var body io.Reader
 		if method != http.MethodGet && method != http.MethodHead {
 			body = bytes.NewReader(want)
@@ -239,7 +246,6 @@ func httpExchange(c Call) func(context.Context, *Attempt) error {
 			req.Host = c.Host
 		}
 		resp, err := client.Do(req)
-		t.Local = local
 		if err != nil {
 			return err
 		}
@@ -256,6 +262,7 @@ func httpExchange(c Call) func(context.Context, *Attempt) error {
 		}
 		return nil
 	}
+	return exchange, client.CloseIdleConnections
 }
 
 func serveHTTP(l net.Listener, name string) error {

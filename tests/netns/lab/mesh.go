@@ -191,9 +191,7 @@ func (p *process) ready(ctx context.Context, t *thread, addr netip.AddrPort, pat
 func (t *thread) get(ctx context.Context, addr netip.AddrPort, path string) (string, error) {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return netns.Dial(ctx, t.net, netns.DialOptions{}, addr)
-		},
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return t.dial(ctx, addr) },
 	}}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -211,6 +209,11 @@ func (t *thread) get(ctx context.Context, addr netip.AddrPort, path string) (str
 		err = fmt.Errorf("GET %s: %s: %s", path, resp.Status, strings.TrimSpace(string(body)))
 	}
 	return string(body), err
+}
+
+// dial connects from inside the thread's network namespace.
+func (t *thread) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	return netns.Dial(ctx, t.net, netns.DialOptions{}, to)
 }
 
 // Get fetches a page of one of the node's programs, as http://127.0.0.1:15020/metrics, by port and path.

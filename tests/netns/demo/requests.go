@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/fairlead-mesh/fairlead/tests/netns/lab"
+)
+
+// callWaypoint makes HTTP requests to the service, which a waypoint routes and authorizes, and adds their row.
+func (d *demo) callWaypoint(ctx context.Context, method string, count int) error {
+	c := lab.Call{
+		To: d.orders.Addr(lab.ServicePortHTTP, false), HTTP: true, Method: method, Host: "orders.shop", Count: count,
+		SameConnection: true, Size: 500,
+	}
+	lines := 2
+	if method != "GET" {
+		lines = 1
+	}
+	o, err := d.w.Observe(ctx, d.web, c, lines)
+	if err != nil {
+		return fmt.Errorf("%s through the waypoint: %w", method, err)
+	}
+	waypoint := "spiffe://cluster.local/ns/shop/sa/waypoint"
+	r := row{
+		scene: "waypoint", from: d.web.Name, to: fmt.Sprintf("service orders, %d× %s", count, method), path: pathOf(o),
+		clear: o.Wire.Clear, tunnel: o.Wire.Tunnel,
+	}
+	if o.Outbound != nil && o.Outbound.DestinationIdentity == waypoint {
+		r.path = pathWaypoint
+		r.source, r.destination = short(o.Outbound.SourceIdentity)+" → "+short(waypoint), ""
+	}
+	r.must(r.path == pathWaypoint, "the path must be %s", pathWaypoint)
+	r.must(o.Wire.Clear == 0 && o.Wire.Markers == 0, "%d bytes are readable on the link", o.Wire.Clear)
+	if method == "GET" {
+		if o.Inbound != nil {
+			r.destination = short(o.Inbound.DestinationIdentity)
+		}
+		r.must(o.Inbound != nil && o.Inbound.SourceIdentity == waypoint, "the destination must see the waypoint's identity")
+		d.judgeSplit(&r, o.Answer, count)
+	} else {
+		last := o.Answer.Last()
+		r.destination = "not reached"
+		r.outcome = fmt.Sprintf("%d %s", last.Status, last.Body)
+		r.must(last.Status == 403, "it must be denied with 403: %s", o.Answer)
+	}
+	d.rows = append(d.rows, r)
+	return nil
+}
+
+// judgeSplit wants the shares of the route's weights: ten in a hundred for v2, give or take what chance may do.
+func (d *demo) judgeSplit(r *row, a lab.Answer, count int) {
+	servers := a.Servers()
+	r.outcome = fmt.Sprintf("allowed, %d× v1, %d× v2", servers[d.v1.Name], servers[d.v2.Name])
+	r.must(a.OK() && len(a.Attempts) == count, "all requests must succeed: %s", a)
+	share := float64(servers[d.v2.Name]) / float64(count)
+	r.must(share > 0.06 && share < 0.14, "v2 must get a tenth, it got %.1f %%", 100*share)
+}
