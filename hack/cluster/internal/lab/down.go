@@ -29,7 +29,7 @@ func (l Lab) Down(name string) error {
 		return err
 	}
 	err = l.remove(name)
-	unlock(err == nil)
+	unlock()
 	if err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func (l Lab) sweep() error {
 	if last {
 		err = l.sweepShared()
 	}
-	unlock(last)
+	unlock()
 	if last {
 		// These fail, as they should, if somebody else has put something there.
 		_ = os.Remove(filepath.Join(l.State, "run"))
@@ -111,7 +111,7 @@ func (l Lab) PowerCut(name, node string, off time.Duration) error {
 	if err != nil {
 		return err
 	}
-	defer unlock(false)
+	defer unlock()
 	c, err := l.cluster(name)
 	if err != nil {
 		return err

@@ -115,9 +115,9 @@ func (l Lab) Names() []string {
 	return names
 }
 
-// lock takes a lock of the lab; the kernel lets go of it if the command dies. When
-// remove is true at the unlocking, the lock's file goes as well.
-func (l Lab) lock(name string) (unlock func(remove bool), err error) {
+// lock takes a lock of the lab; the kernel lets go of it if the command dies. Its
+// file goes with the unlocking.
+func (l Lab) lock(name string) (unlock func(), err error) {
 	dir := filepath.Join(l.State, "run")
 	path := filepath.Join(dir, "."+name+".lock")
 	for {
@@ -140,17 +140,15 @@ func (l Lab) lock(name string) (unlock func(remove bool), err error) {
 			f.Close()
 			return nil, fmt.Errorf("locking %s: %w", path, err)
 		}
-		// Whoever held it may have removed the file: then others lock another one.
+		// Whoever held it has removed the file: the next one locks another.
 		held, herr := f.Stat()
 		now, nerr := os.Stat(path)
 		if herr != nil || nerr != nil || !os.SameFile(held, now) {
 			f.Close()
 			continue
 		}
-		return func(remove bool) {
-			if remove {
-				_ = os.Remove(path)
-			}
+		return func() {
+			_ = os.Remove(path)
 			f.Close()
 		}, nil
 	}

@@ -43,7 +43,7 @@ func (l Lab) Up(ctx context.Context, spec plan.Spec) error {
 	if err != nil {
 		return err
 	}
-	defer unlock(false)
+	defer unlock()
 	if c, err := load(l.dir(spec.Name)); err == nil {
 		return l.already(c)
 	} else if !errors.Is(err, fs.ErrNotExist) {
@@ -143,7 +143,7 @@ func (l Lab) claim(r Record) (cluster, error) {
 	if err != nil {
 		return cluster{}, err
 	}
-	defer unlock(false)
+	defer unlock()
 	taken := map[int]bool{}
 	for _, name := range l.Names() {
 		if c, err := load(l.dir(name)); err == nil {
