@@ -1,0 +1,284 @@
+// Package agent (plumbing) is the node's CNI agent: it decides which pods of its node are in the mesh, redirects their
+// TCP to the node proxy, and tells the proxy of them.
+//
+// A pod comes to it in one of two ways. When its sandbox is made, the CNI plugin asks and waits (events.go); when it
+// runs already and a label changes, the watch brings it (watch.go). Both end in enrol.go, which redirects the pod and
+// waits for the proxy's word. What the agent set up stays in force when it ends.
+//
+// Next: cni/redirect/redirect.go
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/fairlead-mesh/fairlead/cni/redirect"
+	"github.com/fairlead-mesh/fairlead/internal/kubedir"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/zds"
+)
+
+// Config is the agent's configuration; ParseFlags gives its defaults.
+type Config struct {
+	// NodeName is the node whose pods are the agent's.
+	NodeName string
+	// ConfigDir is a directory of Kubernetes YAML to use in place of an API server.
+	ConfigDir string
+	// Kubeconfig is a client configuration file; empty means that of the pod the agent runs in.
+	Kubeconfig string
+	// EventSocket, ZDSSocket are where the CNI plugin and the node proxy find the agent.
+	EventSocket, ZDSSocket string
+	// RunDir is where the agent keeps what it must know after a restart, but not after a reboot.
+	RunDir string
+	// BPFFS is the directory that redirection is pinned in.
+	BPFFS string
+	// Cgroup is the cgroup2 directory that all pods, and the node proxy, run below; empty means the root.
+	Cgroup string
+	// HostNetns is a file of the network namespace that the kubelet runs in.
+	HostNetns string
+	// Proc is a proc file system with the node's processes; NetnsDir is where the runtime keeps network namespaces.
+	Proc, NetnsDir string
+	// HealthAddr, MetricsAddr are where the agent listens for HTTP.
+	HealthAddr, MetricsAddr string
+	// ExcludeNamespaces are never in the mesh.
+	ExcludeNamespaces []string
+	// AckTimeout bounds the wait for the proxy to accept a pod.
+	AckTimeout time.Duration
+	// DaemonSet is NAMESPACE/NAME of the agent's own: when it is gone at the agent's end, the node is cleaned.
+	DaemonSet string
+	// Ready are further conditions of readiness.
+	Ready []func() error
+}
+
+// agent is one run of the agent.
+type agent struct {
+	cfg   Config
+	log   *zap.Logger
+	enrol *enroller
+	watch *watcher
+	// started is set once all pods of the node have been named to the proxies' server.
+	started atomic.Bool
+}
+
+// Run is the agent. It returns when ctx ends, with nil, or when something it cannot do without fails. Redirection stays
+// in force.
+func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+	a := &agent{cfg: cfg, log: log}
+	host, err := netns.Open(cfg.HostNetns)
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	redirector, err := redirect.New(redirectConfig(cfg, host))
+	if err != nil {
+		return err
+	}
+	defer redirector.Close()
+	if a.enrol, err = newEnroller(cfg, log, redirector, host); err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	c, err := a.openCluster(ctx, group)
+	if err != nil {
+		return err
+	}
+	a.watch = newWatcher(log, c, a.enrol, cfg.NodeName, cfg.ExcludeNamespaces)
+	if d, ok := c.(*directory); ok {
+		d.caches = func() (cache.Store, cache.Store) { return a.watch.pods, a.watch.namespaces }
+	}
+	a.enrol.metrics.watch(a.enrol, a.watch)
+	a.enrol.proxies.OnPeer(a.proxyChanged)
+	if err := a.enrol.recover(); err != nil {
+		return fmt.Errorf("take over the pods of the agent before: %w", err)
+	}
+	if err := a.serve(ctx, group); err != nil {
+		return errors.Join(err, group.Wait())
+	}
+	group.Go(func() error { return a.start(ctx) })
+	log.Info("cni-agent runs", zap.String("node", cfg.NodeName), zap.String("eventSocket", cfg.EventSocket),
+		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
+	err = group.Wait()
+	if err == nil || errors.Is(err, context.Canceled) {
+		return a.leave(c, host)
+	}
+	return err
+}
+
+func redirectConfig(cfg Config, host *os.File) redirect.Config {
+	return redirect.Config{BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host}
+}
+
+// newEnroller reads the records of the agent before.
+func newEnroller(cfg Config, log *zap.Logger, redirector *redirect.Redirector, host *os.File) (*enroller, error) {
+	recs, skipped, err := openRecords(filepath.Join(cfg.RunDir, "pods"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range skipped {
+		log.Warn("dropped a pod record that cannot be understood", zap.String("path", path))
+	}
+	cookie, err := netns.Cookie(host)
+	if err != nil {
+		return nil, err
+	}
+	return &enroller{
+		log: log, redirector: redirector, proxies: zds.NewServer(log), records: recs, metrics: newMetrics(),
+		finder:     finder{proc: cfg.Proc, dir: cfg.NetnsDir, host: cookie},
+		ackTimeout: cfg.AckTimeout, turns: map[string]*turn{}, acked: map[string]bool{},
+	}, nil
+}
+
+func (a *agent) openCluster(ctx context.Context, group *errgroup.Group) (cluster, error) {
+	if a.cfg.ConfigDir == "" {
+		return newAPI(a.cfg.Kubeconfig, a.cfg.NodeName)
+	}
+	dir, err := kubedir.Open(a.cfg.ConfigDir, a.log)
+	if err != nil {
+		return nil, err
+	}
+	group.Go(func() error { return dir.Run(ctx) })
+	return &directory{dir: dir, node: a.cfg.NodeName, log: a.log}, nil
+}
+
+// proxyChanged exempts a node proxy that has connected from redirection, before it is told of any pod.
+func (a *agent) proxyChanged(pid int, up bool) {
+	if !up {
+		return
+	}
+	if err := a.enrol.redirector.EnsureProxy(pid); err != nil {
+		a.log.Error("the node proxy's own connections would be redirected to itself", zap.Int("pid", pid), zap.Error(err))
+	}
+}
+
+// start brings the pods of the node in line once they are all known, and keeps them so.
+func (a *agent) start(ctx context.Context) error {
+	if err := a.watch.follow(ctx); err != nil {
+		return err
+	}
+	for _, rec := range a.enrol.records.all() {
+		if a.watch.exists(rec.UID) {
+			continue
+		}
+		if err := a.enrol.forget(ctx, rec.UID, ""); err != nil {
+			return err
+		}
+	}
+	if err := a.enrol.prune(a.watch.exists); err != nil {
+		return err
+	}
+	a.enrol.proxies.Synced()
+	a.started.Store(true)
+	a.watch.run(ctx)
+	return ctx.Err()
+}
+
+// ready tells what the agent still waits for.
+func (a *agent) ready() error {
+	if !a.started.Load() {
+		return errors.New("the node's pods and the namespaces are not known yet: the API server has not answered")
+	}
+	for _, condition := range a.cfg.Ready {
+		if err := condition(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// serve starts the agent's listeners.
+func (a *agent) serve(ctx context.Context, group *errgroup.Group) error {
+	plugins, err := listenEvents(a.cfg.EventSocket)
+	if err != nil {
+		return err
+	}
+	health, err := net.Listen("tcp", a.cfg.HealthAddr)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listen for health checks: %w", err), plugins.Close())
+	}
+	monitoring, err := net.Listen("tcp", a.cfg.MetricsAddr)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listen for metrics: %w", err), plugins.Close(), health.Close())
+	}
+	answer := &events{log: a.log, watch: a.watch, enrol: a.enrol, ready: func() error {
+		if !a.started.Load() {
+			return a.ready()
+		}
+		return nil
+	}}
+	for _, s := range []struct {
+		l net.Listener
+		h http.Handler
+	}{{plugins, answer.handler()}, {health, healthHandler(a.ready)}, {monitoring, a.enrol.metrics.handler()}} {
+		server := &http.Server{Handler: s.h, ReadHeaderTimeout: 10 * time.Second, ErrorLog: zap.NewStdLog(a.log)}
+		group.Go(func() error {
+			if err := server.Serve(s.l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+		context.AfterFunc(ctx, func() { server.Close() })
+	}
+	group.Go(func() error { return a.enrol.proxies.Serve(ctx, a.cfg.ZDSSocket) })
+	return nil
+}
+
+// leave is the agent's end. Everything stays in force, unless the agent's DaemonSet has been deleted.
+func (a *agent) leave(c cluster, host *os.File) error {
+	if a.cfg.DaemonSet == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	namespace, name := filepath.Split(a.cfg.DaemonSet)
+	gone, err := c.withdrawn(ctx, filepath.Clean(namespace), name)
+	if err != nil || !gone {
+		return err
+	}
+	a.log.Info("the agent's DaemonSet is deleted: the node is cleaned")
+	return a.clean(host)
+}
+
+// Uninstall takes all pods of the node out of the mesh and removes every trace. The agent must not run.
+func Uninstall(cfg Config, log *zap.Logger) error {
+	host, err := netns.Open(cfg.HostNetns)
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	redirector, err := redirect.New(redirectConfig(cfg, host))
+	if err != nil {
+		return err
+	}
+	defer redirector.Close()
+	a := &agent{cfg: cfg, log: log}
+	if a.enrol, err = newEnroller(cfg, log, redirector, host); err != nil {
+		return err
+	}
+	if err := a.enrol.recover(); err != nil {
+		return err
+	}
+	return a.clean(host)
+}
+
+// clean removes all that the agent made on the node.
+func (a *agent) clean(host *os.File) error {
+	errs := []error{a.enrol.removeAll(), redirect.Uninstall(redirectConfig(a.cfg, host)), os.RemoveAll(filepath.Join(a.cfg.RunDir, "pods"))}
+	for _, socket := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket} {
+		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
