@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -45,6 +46,21 @@ func (w *World) Position() Position {
 }
 
 func (w *World) logFile(name string) string { return filepath.Join(w.Dir, "log", name+".log") }
+
+// Logs are the ends of all programs' logs, to explain a failure.
+func (w *World) Logs() string {
+	files, err := filepath.Glob(w.logFile("*"))
+	if err != nil {
+		return err.Error()
+	}
+	var b strings.Builder
+	for _, file := range files {
+		if text := tail(file); text != "" {
+			b.WriteString(text + "\n")
+		}
+	}
+	return b.String()
+}
 
 // Connections are the access-log lines of all ztunnels since a position.
 func (w *World) Connections(since Position) ([]Connection, error) {

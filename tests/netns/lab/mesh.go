@@ -2,9 +2,11 @@ package lab
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
@@ -22,6 +24,9 @@ import (
 
 // istiodHost is the name under which the mesh's programs know the control plane.
 const istiodHost = "istiod.istio-system.svc"
+
+// meshPlugin is the CNI plugin's type, and so the name of its binary.
+const meshPlugin = "fairlead-cni"
 
 // rootNamespace is where the mesh's own programs live.
 const rootNamespace = "istio-system"
@@ -62,7 +67,9 @@ func (w *World) stopMesh() error {
 	var errs []error
 	for _, n := range w.Nodes {
 		errs = append(errs, n.StopZtunnel(), n.agent.stop(stopPatience))
-		n.kubelet.end()
+		for _, p := range n.programs {
+			p.end()
+		}
 	}
 	return errors.Join(append(errs, w.istiod.stop(stopPatience))...)
 }
@@ -135,10 +142,13 @@ func (n *Node) ztunnelPod() string { return "ztunnel-" + n.Name }
 // StartAgent starts the node's cni-agent and waits until it is ready.
 func (n *Node) StartAgent(ctx context.Context) error {
 	w := n.world
+	if err := n.chain(); err != nil {
+		return fmt.Errorf("configure CNI: %w", err)
+	}
 	var err error
 	n.agent, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
 		name: "cni-agent." + n.Name, path: filepath.Join(w.opts.Bin, "cni-agent"), cgroup: filepath.Join(n.cgroup, "system"),
-		args: []string{"--config-dir=" + w.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup},
+		args: []string{"--config-dir=" + w.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup, "--host-netns=/proc/self/ns/net"},
 	})
 	if err != nil {
 		return err
@@ -221,19 +231,70 @@ func (n *Node) Get(ctx context.Context, port uint16, path string) (string, error
 	return n.thread.get(ctx, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), path)
 }
 
-// Probe makes a call as the node's kubelet would: a program of that name in the node's own namespaces.
-func (n *Node) Probe(ctx context.Context, c Call) (Answer, error) {
-	n.mu.Lock()
-	if n.kubelet == nil {
-		var err error
-		n.kubelet, err = n.thread.startProgram(filepath.Join(n.world.Dir, "log"), command{
-			name: "kubelet." + n.Name, path: filepath.Join(n.cniBin(), kubeletProgram), cgroup: filepath.Join(n.cgroup, "system"),
-		})
-		if err != nil {
-			n.mu.Unlock()
-			return Answer{}, err
-		}
+// Call makes a call from a program in the node's own namespaces: the Kubelet, whose probes the mesh lets pass, or
+// HostProcess, any other.
+func (n *Node) Call(ctx context.Context, name string, c Call) (Answer, error) {
+	p, err := n.program(name)
+	if err != nil {
+		return Answer{}, err
 	}
-	n.mu.Unlock()
-	return n.kubelet.call(ctx, c)
+	return p.call(ctx, c)
+}
+
+// program starts a program of the node when it is first needed.
+func (n *Node) program(name string) (*program, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if p := n.programs[name]; p != nil {
+		return p, nil
+	}
+	p, err := n.thread.startProgram(filepath.Join(n.world.Dir, "log"), command{
+		name: name + "." + n.Name, path: filepath.Join(n.cniBin(), name), cgroup: filepath.Join(n.cgroup, "system"),
+	})
+	if err == nil {
+		n.programs[name] = p
+	}
+	return p, err
+}
+
+// Pins lists what is pinned on the node's BPF file system.
+func (n *Node) Pins() ([]string, error) {
+	var pins []string
+	err := n.thread.do(func() error {
+		return filepath.WalkDir("/sys/fs/bpf", func(path string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				pins = append(pins, path)
+			}
+			return err
+		})
+	})
+	return pins, err
+}
+
+// chain adds the mesh's plugin to the node's CNI configuration, at the end of the list.
+func (n *Node) chain() error {
+	file := filepath.Join(n.cniConf(), "10-lab.conflist")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var list map[string]any
+	if err := json.Unmarshal(text, &list); err != nil {
+		return err
+	}
+	plugins, ok := list["plugins"].([]any)
+	if !ok {
+		return fmt.Errorf("%s has no list of plugins", file)
+	}
+	if len(plugins) > 1 {
+		return nil
+	}
+	list["plugins"] = append(plugins, map[string]any{"type": meshPlugin, "excludeNamespaces": []string{rootNamespace}})
+	if text, err = json.MarshalIndent(list, "", "  "); err != nil {
+		return err
+	}
+	if err := os.Symlink(filepath.Join(n.world.opts.Bin, "cni-plugin"), filepath.Join(n.cniBin(), meshPlugin)); err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(text, '\n'), 0o644)
 }

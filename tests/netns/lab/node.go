@@ -23,15 +23,16 @@ type Node struct {
 	cgroup string
 	thread *thread
 
-	mu      sync.Mutex
-	pods    int // made so far
 	agent   *process
 	ztunnel *process
-	kubelet *program
+
+	mu       sync.Mutex
+	pods     int // made so far
+	programs map[string]*program
 }
 
 func (w *World) newNode(index int) (*Node, error) {
-	n := &Node{Name: fmt.Sprintf("node%d", index+1), Addrs: nodeAddresses(index), world: w, index: index}
+	n := &Node{Name: fmt.Sprintf("node%d", index+1), Addrs: nodeAddresses(index), world: w, index: index, programs: map[string]*program{}}
 	n.dir = filepath.Join(w.Dir, n.Name)
 	n.cgroup = filepath.Join(w.cgroup, n.Name)
 	if err := n.makeFiles(); err != nil {
@@ -64,7 +65,7 @@ func (n *Node) makeFiles() error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{wirePlugin, podProgram, kubeletProgram} {
+	for _, name := range []string{wirePlugin, podProgram, Kubelet, HostProcess} {
 		if err := os.Symlink(self, filepath.Join(n.cniBin(), name)); err != nil {
 			return err
 		}

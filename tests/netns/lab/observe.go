@@ -77,7 +77,9 @@ func (w *World) Until(ctx context.Context, p *Pod, c Call, wanted func(Answer) b
 // TimeoutError says that a call did not become as wanted in time.
 type TimeoutError struct{ Last Answer }
 
-func (e *TimeoutError) Error() string { return "not as wanted in time; the last answer: " + e.Last.String() }
+func (e *TimeoutError) Error() string {
+	return "not as wanted in time; the last answer: " + e.Last.String()
+}
 
 // quiet waits until the ztunnels have written the lines of connections that are over, which they do several at a time.
 func (w *World) quiet(ctx context.Context) error {

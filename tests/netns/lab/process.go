@@ -112,12 +112,18 @@ func (p *process) waitFor(ctx context.Context, ready func(context.Context) error
 	}
 }
 
-// tail is the end of the program's log, for error messages.
-func (p *process) tail() string {
-	text, err := os.ReadFile(p.log)
+func (p *process) tail() string { return tail(p.log) }
+
+// tail is the end of a log, for error messages; it is empty when the log is.
+func tail(file string) string {
+	text, err := os.ReadFile(file)
 	if err != nil {
 		return err.Error()
 	}
-	lines := strings.Split(string(bytes.TrimSpace(text)), "\n")
-	return fmt.Sprintf("the end of %s:\n\t%s", p.log, strings.Join(lines[max(0, len(lines)-15):], "\n\t"))
+	text = bytes.TrimSpace(text)
+	if len(text) == 0 {
+		return ""
+	}
+	lines := strings.Split(string(text), "\n")
+	return fmt.Sprintf("the end of %s:\n\t%s", file, strings.Join(lines[max(0, len(lines)-15):], "\n\t"))
 }

@@ -10,12 +10,14 @@ import (
 	"syscall"
 )
 
-// Names by which the executable is started again as something else. The kubelet has its real name because the agent
-// knows probes by it.
+// Names by which the executable is started again as something else.
 const (
-	podProgram     = "lab-pod"
-	kubeletProgram = "kubelet"
-	wirePlugin     = "lab-wire"
+	podProgram = "lab-pod"
+	wirePlugin = "lab-wire"
+	// Kubelet calls from a node. It has its real name because probes are known by it.
+	Kubelet = "kubelet"
+	// HostProcess calls from a node too.
+	HostProcess = "lab-host"
 )
 
 // RunIfChild runs the program of a pod, a node's kubelet or the lab's CNI plugin, and does not return, when the process
@@ -24,7 +26,7 @@ func RunIfChild() {
 	switch filepath.Base(os.Args[0]) {
 	case podProgram:
 		runProgram(true)
-	case kubeletProgram:
+	case Kubelet, HostProcess:
 		runProgram(false)
 	case wirePlugin:
 		runWirePlugin()
