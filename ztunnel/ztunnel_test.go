@@ -1,0 +1,405 @@
+package ztunnel_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+)
+
+// serveEcho answers on port inside ns with the client's address and a newline, and then with what it is sent.
+func serveEcho(t *testing.T, ns *os.File, port int) {
+	t.Helper()
+	err := netns.Do(ns, func() error {
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer conn.Close()
+					peer := conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+					fmt.Fprintln(conn, peer)
+					io.Copy(conn, conn)
+				}()
+			}
+		}()
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// dial connects from inside ns as an application does.
+func dial(ctx context.Context, ns *os.File, to string) (*net.TCPConn, error) {
+	return netns.Dial(ctx, ns, netns.DialOptions{}, netip.MustParseAddrPort(to))
+}
+
+// call connects, says hello, ends its direction, and returns what the server answered.
+func call(t *testing.T, ns *os.File, to string) (string, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	conn, err := dial(ctx, ns, to)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.WriteString(conn, "hello"); err != nil {
+		return "", err
+	}
+	if err := conn.CloseWrite(); err != nil {
+		return "", err
+	}
+	answer, err := io.ReadAll(conn)
+	return string(answer), err
+}
+
+func identityOf(name string) string { return "spiffe://cluster.local/ns/shop/sa/" + name }
+
+// shop is a world with a client and a server on node1, another server on node2, a service over the latter, and an
+// unmeshed peer.
+type shop struct {
+	*world
+	node1, node2                *node
+	client, near, far           *pod
+	workloads                   []*mesh.Workload
+	services                    []*mesh.Service
+	vip4, vip6, far4, near4     string
+	farWorkload, clientWorkload *mesh.Workload
+}
+
+func newShop(t *testing.T, env map[string]string) *shop {
+	t.Helper()
+	w := newWorld(t)
+	s := &shop{world: w, client: w.pod("client", 2), near: w.pod("near", 3), far: w.pod("far", 4)}
+	host := mesh.NamespacedHostname{Namespace: "shop", Hostname: "web.shop.svc.cluster.local"}
+	s.farWorkload = s.far.workload("node2", func(w *mesh.Workload) {
+		w.Services[host] = []mesh.Port{{ServicePort: 80, TargetPort: 8080}}
+	})
+	s.clientWorkload = s.client.workload("node1", nil)
+	s.workloads = []*mesh.Workload{s.clientWorkload, s.near.workload("node1", nil), s.farWorkload}
+	s.services = []*mesh.Service{{
+		Name: "web", Namespace: "shop", Hostname: host.Hostname, Ports: []mesh.Port{{ServicePort: 80, TargetPort: 8080}},
+		Addresses: []mesh.NetworkAddress{{Address: netip.MustParseAddr("10.96.0.1")}, {Address: netip.MustParseAddr("fd96::1")}},
+	}}
+	s.vip4, s.vip6, s.far4, s.near4 = "10.96.0.1:80", "[fd96::1]:80", s.far.ip4.String()+":8080", s.near.ip4.String()+":8080"
+	for _, ns := range []*os.File{s.near.ns, s.far.ns, s.fabric} {
+		serveEcho(t, ns, 8080)
+	}
+	s.node1, s.node2 = w.node("node1", env), w.node("node2", env)
+	s.push(s.workloads, s.services, nil)
+	w.enrol(s.node1, s.client)
+	w.enrol(s.node1, s.near)
+	w.enrol(s.node2, s.far)
+	return s
+}
+
+// deny is a policy that stops the client at every workload of the namespace.
+func deny(names ...string) *mesh.Authorization {
+	match := mesh.Match{}
+	for _, name := range names {
+		match.Principals = append(match.Principals, mesh.StringMatch{Value: "cluster.local/ns/shop/sa/" + name})
+	}
+	return &mesh.Authorization{
+		Name: "deny", Namespace: "shop", Scope: mesh.ScopeNamespace, Action: mesh.ActionDeny,
+		Rules: []mesh.Rule{{Clauses: []mesh.Clause{{Matches: []mesh.Match{match}}}}},
+	}
+}
+
+// strict is what the control plane makes of a strict PeerAuthentication.
+func strict() *mesh.Authorization {
+	return &mesh.Authorization{
+		Name: "strict", Namespace: "shop", Scope: mesh.ScopeNamespace, Action: mesh.ActionDeny,
+		Rules: []mesh.Rule{{Clauses: []mesh.Clause{{Matches: []mesh.Match{{NotPrincipals: []mesh.StringMatch{{Kind: mesh.MatchPresence}}}}}}}},
+	}
+}
+
+func TestPaths(t *testing.T) {
+	s := newShop(t, nil)
+	client4, client6 := s.client.ip4.String(), s.client.ip6.String()
+	for _, tc := range []struct {
+		name       string
+		from       *os.File
+		to, answer string
+		out, in    map[string]any // lines of the client's and the server's proxy; nil: there is none
+	}{
+		{"service on the other node", s.client.ns, s.vip4, client4,
+			map[string]any{"direction": "outbound", "path": "hbone", "src.identity": identityOf("client"), "dst.identity": identityOf("far"),
+				"dst.service": "web.shop.svc.cluster.local", "dst.hbone_addr": s.far4, "dst.addr": s.far.ip4.String() + ":15008",
+				"bytes_recv": int64(5), "response_flags": "-"},
+			map[string]any{"direction": "inbound", "path": "hbone", "src.identity": identityOf("client"), "dst.identity": identityOf("far"),
+				"dst.service": "web.shop.svc.cluster.local", "src.workload": "client", "dst.addr": s.far4, "bytes_recv": int64(5)}},
+		{"the same in IPv6", s.client.ns, s.vip6, client6,
+			map[string]any{"direction": "outbound", "path": "hbone", "dst.identity": identityOf("far"), "dst.hbone_addr": fmt.Sprintf("[%v]:8080", s.far.ip6)},
+			map[string]any{"direction": "inbound", "path": "hbone", "src.identity": identityOf("client"), "dst.addr": fmt.Sprintf("[%v]:8080", s.far.ip6)}},
+		{"pod on the same node", s.client.ns, s.near4, client4,
+			map[string]any{"direction": "outbound", "path": "node", "dst.identity": identityOf("near"), "dst.addr": s.near4, "bytes_recv": int64(5)}, nil},
+		{"outside of the mesh", s.client.ns, fabric4 + ":8080", client4,
+			map[string]any{"direction": "outbound", "path": "plain", "dst.addr": fabric4 + ":8080", "bytes_recv": int64(5)}, nil},
+		{"from outside of the mesh", s.fabric, s.far4, fabric4, nil,
+			map[string]any{"direction": "inbound", "path": "plain", "dst.addr": s.far4, "bytes_recv": int64(5)}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			answer, err := call(t, tc.from, tc.to)
+			if want := tc.answer + "\nhello"; err != nil || answer != want {
+				t.Errorf("answer %q, %v; want %q", answer, err, want)
+			}
+			if tc.out != nil {
+				s.node1.line(t, tc.out)
+			}
+			if tc.in != nil {
+				s.node2.line(t, tc.in)
+			}
+		})
+	}
+	s.node1.line(t, map[string]any{"direction": "inbound", "path": "node", "src.identity": identityOf("client"), "dst.identity": identityOf("near")})
+	checkMetrics(t, s.node1, `istio_tcp_connections_closed_total{`, `reporter="source"`, `source_workload="client"`, `destination_workload="far"`,
+		`connection_security_policy="mutual_tls"`, `destination_service="web.shop.svc.cluster.local"`, `destination_principal="`+identityOf("far")+`"`)
+}
+
+// checkMetrics wants one line with all of these in the node's metrics.
+func checkMetrics(t *testing.T, n *node, want ...string) {
+	t.Helper()
+	response, err := http.Get("http://" + n.stats + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+next:
+	for line := range strings.Lines(string(body)) {
+		for _, part := range want {
+			if !strings.Contains(line, part) {
+				continue next
+			}
+		}
+		return
+	}
+	t.Errorf("no metric with %q in\n%s", want, body)
+}
+
+func TestSameNodeThroughATunnelWhenForced(t *testing.T) {
+	s := newShop(t, map[string]string{"FAIRLEAD_FORCE_HBONE": "true"})
+	answer, err := call(t, s.client.ns, s.near4)
+	if want := s.client.ip4.String() + "\nhello"; err != nil || answer != want {
+		t.Errorf("answer %q, %v; want %q", answer, err, want)
+	}
+	s.node1.line(t, map[string]any{"direction": "outbound", "path": "hbone", "dst.identity": identityOf("near")})
+	s.node1.line(t, map[string]any{"direction": "inbound", "path": "hbone", "src.identity": identityOf("client")})
+}
+
+// TestPolicyChangeCutsLiveConnections: a DENY reaches what is open already, and only what it is about.
+func TestPolicyChangeCutsLiveConnections(t *testing.T) {
+	s := newShop(t, nil)
+	targets := map[string]string{"the other node": s.vip4, "this node": s.near4}
+	open := map[string]*net.TCPConn{}
+	for name, to := range targets {
+		open[name] = s.greeted(s.client.ns, to)
+	}
+	plain := s.greeted(s.fabric, s.far4)
+
+	s.push(s.workloads, s.services, []*mesh.Authorization{deny("client")})
+	for name, conn := range open {
+		conn.SetDeadline(time.Now().Add(2 * time.Second))
+		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("connection to %s: read gives %v after the policy change, want it cut", name, err)
+		}
+	}
+	if _, err := plain.Write([]byte("x")); err != nil {
+		t.Errorf("a connection that the policy is not about: %v", err)
+	}
+	plain.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(plain, make([]byte, 1)); err != nil {
+		t.Errorf("a connection that the policy is not about: %v", err)
+	}
+	for name, to := range targets {
+		if answer, err := call(t, s.client.ns, to); err == nil {
+			t.Errorf("%s answered %q under a policy that denies", name, answer)
+		}
+	}
+	cut := map[string]any{"direction": "inbound", "response_flags": "DENY", "policy": "shop/deny"}
+	s.node1.line(t, cut)
+	s.node2.line(t, cut)
+	s.node1.line(t, map[string]any{"direction": "outbound", "path": "hbone", "response_flags": "DENY", "error": contains("401")})
+
+	s.push(s.workloads, s.services, nil)
+	for name, to := range targets {
+		s.eventually(func() error { _, err := call(t, s.client.ns, to); return err }, name+" after the policy is gone")
+	}
+}
+
+// greeted opens a connection and reads the server's greeting.
+func (s *shop) greeted(ns *os.File, to string) *net.TCPConn {
+	s.t.Helper()
+	conn, err := dial(s.t.Context(), ns, to)
+	s.must(err)
+	s.t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	b := make([]byte, 1)
+	for b[0] != '\n' {
+		_, err := io.ReadFull(conn, b)
+		s.must(err)
+	}
+	return conn
+}
+
+func (s *shop) eventually(try func() error, what string) {
+	s.t.Helper()
+	var err error
+	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if err = try(); err == nil {
+			return
+		}
+	}
+	s.t.Errorf("%s: %v", what, err)
+}
+
+func TestStrictRefusesPlaintextOnly(t *testing.T) {
+	s := newShop(t, nil)
+	if _, err := call(t, s.fabric, s.far4); err != nil {
+		t.Fatalf("control: plaintext without a policy: %v", err)
+	}
+	s.push(s.workloads, s.services, []*mesh.Authorization{strict()})
+	refused := func() error {
+		if answer, err := call(t, s.fabric, s.far4); err == nil {
+			return fmt.Errorf("answered %q", answer)
+		}
+		return nil
+	}
+	s.eventually(refused, "plaintext under STRICT")
+	s.node2.line(t, map[string]any{"direction": "inbound", "path": "plain", "response_flags": "DENY", "policy": "shop/strict"})
+	if _, err := call(t, s.client.ns, s.vip4); err != nil {
+		t.Errorf("mutual TLS under STRICT: %v", err)
+	}
+	if _, err := call(t, s.client.ns, s.near4); err != nil {
+		t.Errorf("within the node under STRICT: %v", err)
+	}
+}
+
+// TestBulkBothWays moves random bytes both ways at once on every path, with half close, and compares.
+func TestBulkBothWays(t *testing.T) {
+	s := newShop(t, nil)
+	for name, to := range map[string]string{"tunnel": s.vip4, "node": s.near4, "plain": fabric4 + ":8080"} {
+		t.Run(name, func(t *testing.T) {
+			var all sync.WaitGroup
+			for range 4 {
+				conn := s.greeted(s.client.ns, to)
+				conn.SetDeadline(time.Now().Add(30 * time.Second))
+				var sent [32]byte
+				all.Go(func() {
+					h := sha256.New()
+					source := rand.NewChaCha8([32]byte{1})
+					if _, err := io.Copy(io.MultiWriter(conn, h), io.LimitReader(source, 8<<20)); err != nil {
+						t.Error(err)
+					}
+					copy(sent[:], h.Sum(nil))
+					conn.CloseWrite()
+				})
+				all.Go(func() {
+					h := sha256.New()
+					n, err := io.Copy(h, conn)
+					if err != nil || n != 8<<20 {
+						t.Errorf("%d bytes came back: %v", n, err)
+					}
+					got := h.Sum(nil)
+					want := sha256.New()
+					io.Copy(want, io.LimitReader(rand.NewChaCha8([32]byte{1}), 8<<20))
+					if !bytes.Equal(got, want.Sum(nil)) {
+						t.Error("the bytes that came back differ")
+					}
+				})
+			}
+			all.Wait()
+		})
+	}
+}
+
+// TestWrongIdentityIsRefused: whoever answers at a workload's address must be that workload.
+func TestWrongIdentityIsRefused(t *testing.T) {
+	s := newShop(t, nil)
+	impostor := *s.farWorkload
+	impostor.ServiceAccount = "somebody-else"
+	s.push([]*mesh.Workload{s.clientWorkload, &impostor}, s.services, nil)
+	s.eventually(func() error {
+		if answer, err := call(t, s.client.ns, s.vip4); err == nil {
+			return fmt.Errorf("answered %q", answer)
+		}
+		return nil
+	}, "a peer with another identity")
+	s.node1.line(t, map[string]any{"direction": "outbound", "response_flags": "TLS_FAILURE"})
+}
+
+func TestFailures(t *testing.T) {
+	s := newShop(t, nil)
+	for _, tc := range []struct{ name, to, flag string }{
+		{"closed port through a tunnel", s.far.ip4.String() + ":9", "CONNECT"},
+		{"closed port on the same node", s.near.ip4.String() + ":9", "CONNECT"},
+		{"closed port outside of the mesh", fabric4 + ":9", "CONNECT"},
+		{"service port that is not there", "10.96.0.1:81", "NO_ROUTE"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			start := time.Now()
+			if answer, err := call(t, s.client.ns, tc.to); err == nil {
+				t.Errorf("answered %q", answer)
+			} else if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EPIPE) {
+				t.Errorf("error %v", err)
+			}
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("took %v", took)
+			}
+			s.node1.line(t, map[string]any{"direction": "outbound", "response_flags": tc.flag})
+		})
+	}
+}
+
+// TestStoppedProxyRefuses: when the proxy is gone nothing passes, in or out, and when it is back all does again.
+func TestStoppedProxyRefuses(t *testing.T) {
+	s := newShop(t, nil)
+	if _, err := call(t, s.client.ns, fabric4+":8080"); err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	s.node1.stop()
+	if answer, err := call(t, s.client.ns, fabric4+":8080"); err == nil {
+		t.Errorf("out: answered %q without a proxy", answer)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if conn, err := dial(ctx, s.fabric, s.near4); err == nil {
+		conn.Close()
+		t.Error("in: connected without a proxy")
+	}
+	back := s.world.node("node1", nil)
+	for _, p := range []*pod{s.client, s.near} {
+		s.enrol(back, p)
+	}
+	if _, err := call(t, s.client.ns, s.vip4); err != nil {
+		t.Errorf("after the proxy is back: %v", err)
+	}
+}
