@@ -1,6 +1,21 @@
 package ztunnel
 
-import "github.com/fairlead-mesh/fairlead/internal/hbone"
+import (
+	"crypto/fips140"
+	"fmt"
 
-// newDriver is what moves the bytes of tunnels.
-func newDriver(Config) hbone.Driver { return hbone.Goroutines() }
+	"github.com/fairlead-mesh/fairlead/internal/hbone"
+)
+
+// newDriver is what moves the bytes of tunnels: event loops, or goroutines over crypto/tls's own records where only
+// validated cryptography may be used (GODEBUG=fips140) or the configuration says so. stop ends it, after all that use it.
+func newDriver(cfg Config) (driver hbone.Driver, stop func(), err error) {
+	if cfg.Goroutines || fips140.Enabled() {
+		return hbone.Goroutines(), func() {}, nil
+	}
+	loops, err := hbone.Loops(0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("start event loops: %w", err)
+	}
+	return loops, loops.Stop, nil
+}

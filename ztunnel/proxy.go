@@ -41,6 +41,7 @@ type Proxy struct {
 	store       *state.Store
 	certs       *identity.Certificates
 	driver      hbone.Driver
+	stopDriver  func()
 	pool        *hbone.Pool
 	xds         *xds.Client
 	pods        *pods
@@ -112,7 +113,9 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 		store:    state.New(),
 		registry: prometheus.NewRegistry(),
 		certs:    identity.NewCertificates(running, fetcher, log.Process),
-		driver:   newDriver(cfg),
+	}
+	if p.driver, p.stopDriver, err = newDriver(cfg); err != nil {
+		return nil, err
 	}
 	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	p.metrics = newMetrics(p.registry)
@@ -223,4 +226,5 @@ func (p *Proxy) close() {
 		p.pool.Close()
 	})
 	servers.Wait()
+	p.stopDriver()
 }
