@@ -52,6 +52,9 @@ func Authorization(m Mesh, p *securityv1.AuthorizationPolicy) AuthorizationResul
 	if p.Spec.GetTargetRef() != nil || len(p.Spec.GetTargetRefs()) > 0 {
 		return AuthorizationResult{}
 	}
+	if p.Name == staticStrictName || strings.HasPrefix(p.Name, convertedPrefix) {
+		return AuthorizationResult{Invalid: true, Condition: rejected(ReasonInvalid, "the name is reserved for policies made of PeerAuthentications")}
+	}
 	out := &mesh.Authorization{Name: p.Name, Namespace: p.Namespace}
 	switch p.Spec.GetAction() {
 	case securityapi.AuthorizationPolicy_ALLOW:

@@ -1,6 +1,7 @@
 package translate
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -116,7 +117,8 @@ type Backend struct {
 // Backends are the ready addresses behind a service.
 func Backends(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice) []Backend {
 	var out []Backend
-	for _, slice := range endpointSlices {
+	inOrder := slices.SortedFunc(slices.Values(endpointSlices), func(a, b *discoveryv1.EndpointSlice) int { return cmp.Compare(a.Name, b.Name) })
+	for _, slice := range inOrder {
 		ports := slicePorts(svc, slice)
 		if len(ports) == 0 || slice.AddressType == discoveryv1.AddressTypeFQDN {
 			continue

@@ -29,8 +29,9 @@ type WorkloadInput struct {
 
 // PolicySelector is a policy of ScopeSelector and the labels it selects.
 type PolicySelector struct {
-	Key    string
-	Labels map[string]string
+	Key       string
+	Namespace string
+	Labels    map[string]string
 }
 
 // WorkloadUID names a pod's workload.
