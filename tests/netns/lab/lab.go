@@ -52,6 +52,7 @@ type World struct {
 	control *thread
 	cgroup  string
 	istiod  *process
+	closed  bool
 
 	mu       sync.Mutex
 	pods     []*Pod
@@ -73,6 +74,11 @@ func New(opts Options) (*World, error) {
 	if err := Prune(); err != nil {
 		return nil, fmt.Errorf("remove what an earlier run left: %w", err)
 	}
+	bin, err := filepath.Abs(opts.Bin)
+	if err != nil {
+		return nil, err
+	}
+	opts.Bin = bin
 	w := &World{opts: opts}
 	if err := w.build(); err != nil {
 		return nil, errors.Join(err, w.Close())
@@ -112,8 +118,13 @@ func (w *World) build() error {
 	return nil
 }
 
-// Close takes the world away: pods by CNI DEL, then the programs, then the namespaces, cgroups and files.
+// Close takes the world away: pods by CNI DEL, then the programs, then the namespaces, cgroups and files. A second call
+// does nothing.
 func (w *World) Close() error {
+	if w.closed {
+		return nil
+	}
+	w.closed = true
 	var errs []error
 	for _, p := range w.Pods() {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
