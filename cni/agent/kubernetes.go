@@ -65,6 +65,7 @@ func newAPI(kubeconfig, node string) (*api, error) {
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	config.QPS, config.Burst = 50, 200 // every pod of a full node may be written to at once
 	config.UserAgent = "fairlead-cni-agent"
 	core, err := rest.RESTClientFor(config)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
@@ -24,7 +25,8 @@ import (
 type Config struct {
 	// BPFFS is the directory for pins; see bpf.Config.
 	BPFFS string
-	// Cgroup is the cgroup2 directory under which the node's pods run; empty means the root of the hierarchy.
+	// Cgroup is the cgroup2 directory under which the node's pods run; empty means the root of the hierarchy that process
+	// 1 sees.
 	Cgroup string
 	// HostNetns is the network namespace that the kubelet runs in; nil means this process's.
 	HostNetns *os.File
@@ -50,7 +52,7 @@ type Redirector struct {
 // lacks.
 func New(cfg Config) (*Redirector, error) {
 	if cfg.Cgroup == "" {
-		root, err := bpf.FindCgroup2("/proc/self/mounts")
+		root, err := hostCgroup2("/proc/1")
 		if err != nil {
 			return nil, fmt.Errorf("redirection by eBPF needs cgroup2: %w", err)
 		}
@@ -70,6 +72,16 @@ func New(cfg Config) (*Redirector, error) {
 		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
 	}
 	return &Redirector{cfg: cfg, node: node}, nil
+}
+
+// hostCgroup2 finds the root of the cgroup2 hierarchy as a process sees it, normally the host's first. What this process
+// sees may be no more than the cgroup of its own container.
+func hostCgroup2(process string) (string, error) {
+	mount, err := bpf.FindCgroup2(filepath.Join(process, "mounts"))
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(process, "root", mount), nil
 }
 
 // Prepare does what can be done for a pod without touching its traffic, so that the proxy can put its listeners in
