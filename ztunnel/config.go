@@ -29,6 +29,10 @@ type Config struct {
 	CA  identity.ControlPlane
 	// FakeCA: certificates are self-made; only for trying things out alone.
 	FakeCA bool
+	// FakeCADir holds the root that proxies with self-made certificates share; empty: a root of this process.
+	FakeCADir string
+	// LocalXDSPath is a file that takes the control plane's place.
+	LocalXDSPath string
 
 	ZDSSocket string
 	// BPFFS is where the CNI agent of this project pins what it shares with the proxy.
@@ -76,6 +80,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		LogLevel:      get("LOG_LEVEL", get("RUST_LOG", "info")),
 	}
 	c.FakeCA = boolean(getenv, "FAKE_CA", &errs)
+	c.FakeCADir, c.LocalXDSPath = getenv("FAIRLEAD_FAKE_CA_DIR"), getenv("LOCAL_XDS_PATH")
 	c.ForceHBONE = boolean(getenv, "FAIRLEAD_FORCE_HBONE", &errs)
 	c.Goroutines = boolean(getenv, "FAIRLEAD_GOROUTINES", &errs)
 	token := get("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token")

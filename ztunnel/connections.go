@@ -74,7 +74,8 @@ type connection struct {
 	sourceID, destID    mesh.Identity
 	mutualTLS           bool   // both identities are proven
 	path                string // as in the access log
-	policy              string // that let it in
+	policy              string   // that decided
+	dryRun              []string // policies that would have decided, were they enforced
 
 	opened bool
 	check  authz.Connection // what the policies of an inbound connection are asked
@@ -137,7 +138,7 @@ func (c *connection) authorize(store *state.Store, question authz.Connection) *f
 		return fail(reasonNotSynced, "the pod was taken out of the mesh")
 	}
 	verdict := authz.Check(snap.Policies(self), question)
-	c.policy = verdict.Policy
+	c.policy, c.dryRun = verdict.Policy, verdict.DryRun
 	if !verdict.Allowed {
 		return denied(reasonDenied, verdict)
 	}
@@ -230,6 +231,7 @@ func (c *connection) record(f *failure, request, response int64) *accesslog.Reco
 		Duration:    time.Since(c.start),
 		Flag:        reasonNone.flag(),
 		Policy:      c.policy,
+		DryRun:      c.dryRun,
 	}
 	if !r.Destination.Addr.IsValid() {
 		r.Destination.Addr = c.asked

@@ -139,10 +139,11 @@ const (
 )
 
 // dialApplication connects to the pod's application from the client's address, so that the application sees who calls.
-// A client of another family than the application's cannot be shown, nor one on loopback.
+// A client of another family than the application's cannot be shown, nor one on loopback. A pod that calls itself needs
+// nothing: the kernel chooses that very address.
 func (p *Proxy) dialApplication(ctx context.Context, c *connection) (*net.TCPConn, error) {
 	client := c.client.Addr()
-	if client.Is4() != c.asked.Addr().Is4() || client.IsLoopback() {
+	if client.Is4() != c.asked.Addr().Is4() || client.IsLoopback() || client == c.asked.Addr() {
 		return netns.Dial(ctx, c.pod.Netns, netns.DialOptions{Mark: netns.ProxyMark}, c.asked)
 	}
 	options := netns.DialOptions{Source: netip.AddrPortFrom(client, 0), Transparent: true, Mark: netns.ProxyMark}

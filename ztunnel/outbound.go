@@ -57,7 +57,7 @@ func (p *Proxy) sendOut(ctx context.Context, c *connection, app *net.TCPConn) *f
 	case route.Passthrough, route.Plain:
 		return p.sendPlain(ctx, c, app)
 	case route.HBONE:
-		if peer := p.onThisNode(d); peer != nil {
+		if peer := p.onThisNode(c, d); peer != nil {
 			return p.sendNode(ctx, c, peer, d, app)
 		}
 		return p.sendTunnel(ctx, c, d, app)
@@ -120,13 +120,14 @@ func (p *Proxy) sendPlain(ctx context.Context, c *connection, app *net.TCPConn) 
 	return nil
 }
 
-// onThisNode is the pod of this node that a decision leads to, or nil: then there is a tunnel.
-func (p *Proxy) onThisNode(d route.Decision) *pod {
-	if p.cfg.ForceHBONE || d.Waypoint {
+// onThisNode is the pod of this node that a decision leads to, or nil: then there is a tunnel. A pod that calls itself
+// through a service never needs one.
+func (p *Proxy) onThisNode(c *connection, d route.Decision) *pod {
+	if d.Waypoint {
 		return nil
 	}
 	peer := p.pods.local(d.Destination)
-	if peer == nil || !slices.Contains(d.Expected, peer.identity) {
+	if peer == nil || !slices.Contains(d.Expected, peer.identity) || p.cfg.ForceHBONE && peer != c.pod {
 		return nil
 	}
 	return peer

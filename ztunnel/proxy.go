@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"go.uber.org/zap"
@@ -43,7 +44,7 @@ type Proxy struct {
 	driver      hbone.Driver
 	stopDriver  func()
 	pool        *hbone.Pool
-	xds         *xds.Client
+	source      configuration
 	pods        *pods
 	connections *connections
 	metrics     *metrics
@@ -85,7 +86,7 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	background("readiness", func(ctx context.Context) error {
 		return admin.Serve(ctx, cfg.ReadinessAddr, admin.Readiness(p.ready))
 	})
-	background("xds", p.xds.Run)
+	background("configuration", p.source.Run)
 	background("pods", (&zds.Client{Socket: cfg.ZDSSocket, Handler: p.pods, Log: log.Process}).Run)
 	background("recheck", p.recheck)
 	select {
@@ -122,17 +123,29 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 	p.connections = newConnections(log.Access, p.metrics)
 	p.pool = hbone.NewPool(hbone.PoolConfig{Driver: p.driver, Log: log.Process})
 	p.pods = newPods(p)
-	p.xds = xds.NewClient(xds.ClientConfig{Dial: cfg.XDS.Dial, Node: description, Log: log.Process})
-	subscribe(p.xds, p.store)
+	p.source = newConfiguration(cfg, description, p.store, log.Process)
 	return p, nil
 }
 
 // newFetcher is where certificates come from.
 func newFetcher(cfg Config) (identity.Fetcher, error) {
 	if cfg.FakeCA {
+		if cfg.FakeCADir != "" {
+			return identity.OpenSelfSigned(cfg.FakeCADir, cfg.TrustDomain, 0)
+		}
 		return identity.NewSelfSigned(cfg.TrustDomain, 0)
 	}
 	return identity.NewCA(identity.ClientConfig{Dial: cfg.CA.Dial, ClusterID: cfg.ClusterID}), nil
+}
+
+// newConfiguration is where the content of the store comes from.
+func newConfiguration(cfg Config, node *core.Node, store *state.Store, log *zap.Logger) configuration {
+	if cfg.LocalXDSPath != "" {
+		return newLocalConfiguration(cfg, store, log)
+	}
+	client := xds.NewClient(xds.ClientConfig{Dial: cfg.XDS.Dial, Node: node, Log: log})
+	subscribe(client, store)
+	return client
 }
 
 // view is what the mesh knows at this moment, and of the pod itself. A pod that has just started may be ahead of the
@@ -141,7 +154,7 @@ func (p *Proxy) view(ctx context.Context, pod *pod) (*state.Snapshot, *mesh.Work
 	ctx, cancel := context.WithTimeout(ctx, viewTimeout)
 	defer cancel()
 	select {
-	case <-p.xds.Synced():
+	case <-p.source.Synced():
 	case <-ctx.Done():
 		return nil, nil, fail(reasonNotSynced, "no configuration from the control plane yet")
 	}
@@ -186,7 +199,7 @@ func (p *Proxy) ready() error {
 		return errors.New("shutting down")
 	}
 	select {
-	case <-p.xds.Synced():
+	case <-p.source.Synced():
 	default:
 		return errors.New("no configuration from the control plane yet")
 	}

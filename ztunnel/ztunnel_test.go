@@ -158,6 +158,9 @@ func TestPaths(t *testing.T) {
 			map[string]any{"direction": "inbound", "path": "hbone", "src.identity": identityOf("client"), "dst.addr": fmt.Sprintf("[%v]:8080", s.far.ip6)}},
 		{"pod on the same node", s.client.ns, s.near4, client4,
 			map[string]any{"direction": "outbound", "path": "node", "dst.identity": identityOf("near"), "dst.addr": s.near4, "bytes_recv": int64(5)}, nil},
+		{"itself through a service", s.far.ns, s.vip4, s.far.ip4.String(), nil,
+			map[string]any{"direction": "inbound", "path": "node", "src.identity": identityOf("far"), "dst.identity": identityOf("far")}},
+		{"itself directly", s.far.ns, s.far4, s.far.ip4.String(), nil, nil},
 		{"outside of the mesh", s.client.ns, fabric4 + ":8080", client4,
 			map[string]any{"direction": "outbound", "path": "plain", "dst.addr": fabric4 + ":8080", "bytes_recv": int64(5)}, nil},
 		{"from outside of the mesh", s.fabric, s.far4, fabric4, nil,
@@ -205,6 +208,25 @@ next:
 	t.Errorf("no metric with %q in\n%s", want, body)
 }
 
+// TestDryRun: a policy on trial is reported and changes nothing.
+func TestDryRun(t *testing.T) {
+	s := newShop(t, nil)
+	trial := deny("client")
+	trial.DryRun = true
+	s.push(s.workloads, s.services, []*mesh.Authorization{trial})
+	s.eventually(func() error {
+		if _, err := call(t, s.client.ns, s.near4); err != nil {
+			return err
+		}
+		for _, line := range s.node1.logs.All() {
+			if line.ContextMap()["dry_run"] == "DENY shop/deny" {
+				return nil
+			}
+		}
+		return errors.New("no line says what the policy would have done")
+	}, "dry run")
+}
+
 func TestSameNodeThroughATunnelWhenForced(t *testing.T) {
 	s := newShop(t, map[string]string{"FAIRLEAD_FORCE_HBONE": "true"})
 	answer, err := call(t, s.client.ns, s.near4)
@@ -213,6 +235,9 @@ func TestSameNodeThroughATunnelWhenForced(t *testing.T) {
 	}
 	s.node1.line(t, map[string]any{"direction": "outbound", "path": "hbone", "dst.identity": identityOf("near")})
 	s.node1.line(t, map[string]any{"direction": "inbound", "path": "hbone", "src.identity": identityOf("client")})
+	if answer, err := call(t, s.far.ns, s.vip4); err != nil || answer != s.far.ip4.String()+"\nhello" {
+		t.Errorf("a pod that calls itself: %q, %v", answer, err)
+	}
 }
 
 // TestPolicyChangeCutsLiveConnections: a DENY reaches what is open already, and only what it is about.

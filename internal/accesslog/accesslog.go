@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,6 +43,8 @@ type Record struct {
 	Flag string
 	// Policy is the authorization policy that decided, if one did.
 	Policy string
+	// DryRun are the dry-run policies that would have decided, as "<action> <namespace>/<name>".
+	DryRun []string
 	// Err says what went wrong; empty when nothing did.
 	Err string
 }
@@ -87,6 +90,7 @@ func (l *Log) Write(r *Record) {
 		zap.String("duration", milliseconds(r.Duration)))
 	f.text("response_flags", r.Flag)
 	f.text("policy", r.Policy)
+	f.text("dry_run", strings.Join(r.DryRun, ", "))
 	f.text("error", r.Err)
 	entry.Write(f.list...)
 }

@@ -31,10 +31,10 @@ func TestWrite(t *testing.T) {
 		}},
 		{"denied", Record{
 			Source: Peer{Addr: netip.MustParseAddrPort("10.0.0.1:40000")}, Direction: "inbound",
-			Flag: "DENY", Policy: "shop/deny-client", Err: "denied by policy shop/deny-client",
+			Flag: "DENY", Policy: "shop/deny-client", DryRun: []string{"DENY shop/a", "ALLOW shop/b"}, Err: "denied by policy shop/deny-client",
 		}, zapcore.ErrorLevel, map[string]any{
 			"src.addr": "10.0.0.1:40000", "direction": "inbound", "bytes_sent": int64(0), "bytes_recv": int64(0), "duration": "0ms",
-			"response_flags": "DENY", "policy": "shop/deny-client", "error": "denied by policy shop/deny-client",
+			"response_flags": "DENY", "policy": "shop/deny-client", "dry_run": "DENY shop/a, ALLOW shop/b", "error": "denied by policy shop/deny-client",
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
