@@ -43,7 +43,7 @@ const (
 // Config sets one side's parameters. All fields must be set.
 type Config struct {
 	Server        bool
-	StreamWindow  int // offered per stream, bytes
+	StreamWindow  int // offered per stream, bytes; at least 65535, which peers take for granted before they know
 	ConnWindow    int // offered for the connection, bytes; at least 65535
 	MaxFrame      int // largest frame payload accepted, at least 16 KiB
 	MaxHeaderList int // largest header list accepted, bytes by RFC 9113 §6.5.2
@@ -202,6 +202,7 @@ func (c *Conn) fail(code uint32, reason string) error {
 	if c.err == nil {
 		c.goAway(code, reason)
 		c.err = &ConnError{Code: code, Reason: reason}
+		c.pending = nil
 	}
 	return c.err
 }
