@@ -134,7 +134,11 @@ func parseLocal(content []byte, clusterID string) (state.Change, error) {
 	var file localFile
 	decoder := yaml.NewDecoder(bytes.NewReader(content))
 	decoder.KnownFields(true)
-	if err := decoder.Decode(&file); err != nil && !errors.Is(err, io.EOF) {
+	switch err := decoder.Decode(&file); {
+	case errors.Is(err, io.EOF):
+		// More likely a file that is being written than a mesh without workloads, which `workloads: []` says.
+		return state.Change{}, errors.New("nothing in it")
+	case err != nil:
 		return state.Change{}, err
 	}
 	var change state.Change

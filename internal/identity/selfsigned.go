@@ -2,6 +2,7 @@ package identity
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -22,7 +23,7 @@ const clockSkew = 2 * time.Minute
 // SelfSigned is a certificate authority in memory, with a root of its own: for a proxy that runs alone (FAKE_CA) and
 // for tests. It is a Fetcher and an Authority.
 type SelfSigned struct {
-	key     *ecdsa.PrivateKey
+	key     crypto.Signer
 	root    *x509.Certificate
 	rootPEM string
 	ttl     time.Duration
@@ -49,10 +50,14 @@ func NewSelfSigned(trustDomain string, ttl time.Duration) (*SelfSigned, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make root certificate: %w", err)
 	}
+	return newSelfSigned(key, root, ttl), nil
+}
+
+func newSelfSigned(key crypto.Signer, root *x509.Certificate, ttl time.Duration) *SelfSigned {
 	if ttl == 0 {
 		ttl = 24 * time.Hour
 	}
-	return &SelfSigned{key: key, root: root, rootPEM: encodeCertificate(der), ttl: ttl}, nil
+	return &SelfSigned{key: key, root: root, rootPEM: encodeCertificate(root.Raw), ttl: ttl}
 }
 
 // RootPEM is the root certificate.
