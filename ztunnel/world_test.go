@@ -54,7 +54,9 @@ type node struct {
 	agent *zds.Server
 	logs  *observer.ObservedLogs
 	stats string
-	stop  func()
+	ready string
+	end   context.CancelFunc // as SIGTERM does
+	stop  func()             // end, and wait
 }
 
 // pod is one pod, as the test sees it.
@@ -304,10 +306,11 @@ func freeAddr(t *testing.T) string {
 func (w *world) node(name string, env map[string]string) *node {
 	w.t.Helper()
 	dir := w.t.TempDir()
-	n := &node{name: name, agent: zds.NewServer(zap.NewNop()), stats: freeAddr(w.t)}
+	n := &node{name: name, agent: zds.NewServer(zap.NewNop()), stats: freeAddr(w.t), ready: freeAddr(w.t)}
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
 	var once sync.Once
+	n.end = cancel
 	n.stop = func() { once.Do(func() { cancel(); parts.Wait() }) }
 	w.t.Cleanup(n.stop)
 	socket := filepath.Join(dir, "z")
@@ -319,7 +322,7 @@ func (w *world) node(name string, env map[string]string) *node {
 	})
 	all := map[string]string{
 		"NODE_NAME": name, "XDS_ADDRESS": w.control, "INPOD_UDS": socket, "FAIRLEAD_BPFFS": w.bpffs,
-		"ADMIN_ADDR": freeAddr(w.t), "STATS_ADDR": n.stats, "READINESS_ADDR": freeAddr(w.t), "TERMINATION_GRACE_PERIOD": "0",
+		"ADMIN_ADDR": freeAddr(w.t), "STATS_ADDR": n.stats, "READINESS_ADDR": n.ready, "TERMINATION_GRACE_PERIOD": "0",
 	}
 	for k, v := range env {
 		all[k] = v

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -427,4 +428,94 @@ func TestStoppedProxyRefuses(t *testing.T) {
 	if _, err := call(t, s.client.ns, s.vip4); err != nil {
 		t.Errorf("after the proxy is back: %v", err)
 	}
+}
+
+// TestDrain: after SIGTERM the proxy is not ready, but what is open goes on and new connections are still made, until the
+// last has ended.
+func TestDrain(t *testing.T) {
+	s := newShop(t, map[string]string{"TERMINATION_GRACE_PERIOD": "20s"})
+	isReady := func() bool {
+		response, err := http.Get("http://" + s.node1.ready + "/healthz/ready")
+		if err != nil {
+			return false
+		}
+		response.Body.Close()
+		return response.StatusCode == http.StatusOK
+	}
+	s.eventually(func() error {
+		if !isReady() {
+			return errors.New("not ready")
+		}
+		return nil
+	}, "readiness")
+	open := s.greeted(s.client.ns, s.vip4)
+	s.node1.end()
+	s.eventually(func() error {
+		if isReady() {
+			return errors.New("still ready")
+		}
+		return nil
+	}, "readiness after the end was asked for")
+	if _, err := call(t, s.client.ns, s.vip4); err != nil {
+		t.Errorf("a new connection while draining: %v", err)
+	}
+	if _, err := open.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	if _, err := io.ReadFull(open, make([]byte, 1)); err != nil {
+		t.Errorf("an open connection while draining: %v", err)
+	}
+	start := time.Now()
+	open.Close()
+	s.node1.stop()
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("it took %v to end after the last connection", took)
+	}
+}
+
+// TestManyShortConnections: each is served, and nothing of them is left.
+func TestManyShortConnections(t *testing.T) {
+	s := newShop(t, nil)
+	targets := []string{s.vip4, s.near4, fabric4 + ":8080", s.vip6}
+	for _, to := range targets {
+		if _, err := call(t, s.client.ns, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := call(t, s.fabric, s.far4); err != nil {
+		t.Fatal(err)
+	}
+	before := descriptors(t)
+	var workers sync.WaitGroup
+	for i := range 16 {
+		workers.Go(func() {
+			for j := range 60 {
+				from, to := s.client.ns, targets[j%len(targets)]
+				if i%4 == 0 {
+					from, to = s.fabric, s.far4
+				}
+				if answer, err := call(t, from, to); err != nil || !strings.HasSuffix(answer, "hello") {
+					t.Errorf("connection to %s: %q, %v", to, answer, err)
+					return
+				}
+			}
+		})
+	}
+	workers.Wait()
+	s.eventually(func() error {
+		runtime.GC() // net keeps the pipes it splices through until then
+		if now := descriptors(t); now > before+4 {
+			return fmt.Errorf("%d file descriptors are open, before it were %d", now, before)
+		}
+		return nil
+	}, "after all have ended")
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
 }
