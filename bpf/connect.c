@@ -37,13 +37,6 @@ struct host {
 	struct addr probe6;
 };
 
-struct listeners {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, SLOTS);
-	__type(key, enum slot);
-	__type(value, __u64);
-};
-
 // Pods of the mesh by the cookie of their network namespace.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -52,15 +45,6 @@ struct {
 	__type(key, __u64);
 	__type(value, struct pod);
 } pods SEC(".maps");
-
-// The proxy's listeners in a pod, by the same cookie.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
-	__type(key, __u64);
-	__array(values, struct listeners);
-} pod_listeners SEC(".maps");
 
 // Cookie by address of the pods of the mesh.
 struct {
@@ -170,10 +154,8 @@ static __always_inline void probe(struct bpf_sock_addr *ctx, __u64 netns, const 
 
 static __always_inline int has_listener(__u64 netns, __u32 slot)
 {
-	void *listeners = bpf_map_lookup_elem(&pod_listeners, &netns);
-	if (!listeners)
-		return 0;
-	struct bpf_sock *listener = bpf_map_lookup_elem(listeners, &slot);
+	struct listener_key key = { .netns = netns, .slot = slot };
+	struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &key);
 	if (!listener)
 		return 0;
 	bpf_sk_release(listener);

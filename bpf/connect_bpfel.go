@@ -37,6 +37,13 @@ type connectHost struct {
 	Probe6 connectAddr
 }
 
+type connectListenerKey struct {
+	_     structs.HostLayout
+	Netns uint64
+	Slot  connectSlot
+	Pad   uint32
+}
+
 type connectPod struct {
 	_         structs.HostLayout
 	AddrCount uint32
@@ -59,15 +66,15 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	connectMapCounters     = "counters"
-	connectMapHostConfig   = "host_config"
-	connectMapPodAddrs     = "pod_addrs"
-	connectMapPodListeners = "pod_listeners"
-	connectMapPods         = "pods"
-	connectMapProxies      = "proxies"
-	connectMapWorkloads    = "workloads"
-	connectProgConnect4    = "connect4"
-	connectProgConnect6    = "connect6"
+	connectMapCounters   = "counters"
+	connectMapHostConfig = "host_config"
+	connectMapListeners  = "listeners"
+	connectMapPodAddrs   = "pod_addrs"
+	connectMapPods       = "pods"
+	connectMapProxies    = "proxies"
+	connectMapWorkloads  = "workloads"
+	connectProgConnect4  = "connect4"
+	connectProgConnect6  = "connect6"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -120,13 +127,13 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Counters     *ebpf.MapSpec `ebpf:"counters"`
-	HostConfig   *ebpf.MapSpec `ebpf:"host_config"`
-	PodAddrs     *ebpf.MapSpec `ebpf:"pod_addrs"`
-	PodListeners *ebpf.MapSpec `ebpf:"pod_listeners"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	Proxies      *ebpf.MapSpec `ebpf:"proxies"`
-	Workloads    *ebpf.MapSpec `ebpf:"workloads"`
+	Counters   *ebpf.MapSpec `ebpf:"counters"`
+	HostConfig *ebpf.MapSpec `ebpf:"host_config"`
+	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
+	PodAddrs   *ebpf.MapSpec `ebpf:"pod_addrs"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
+	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
+	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -155,21 +162,21 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Counters     *ebpf.Map `ebpf:"counters"`
-	HostConfig   *ebpf.Map `ebpf:"host_config"`
-	PodAddrs     *ebpf.Map `ebpf:"pod_addrs"`
-	PodListeners *ebpf.Map `ebpf:"pod_listeners"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	Proxies      *ebpf.Map `ebpf:"proxies"`
-	Workloads    *ebpf.Map `ebpf:"workloads"`
+	Counters   *ebpf.Map `ebpf:"counters"`
+	HostConfig *ebpf.Map `ebpf:"host_config"`
+	Listeners  *ebpf.Map `ebpf:"listeners"`
+	PodAddrs   *ebpf.Map `ebpf:"pod_addrs"`
+	Pods       *ebpf.Map `ebpf:"pods"`
+	Proxies    *ebpf.Map `ebpf:"proxies"`
+	Workloads  *ebpf.Map `ebpf:"workloads"`
 }
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
 		m.Counters,
 		m.HostConfig,
+		m.Listeners,
 		m.PodAddrs,
-		m.PodListeners,
 		m.Pods,
 		m.Proxies,
 		m.Workloads,

@@ -9,9 +9,10 @@
 //
 //	maps/NAME               the node's maps
 //	links/connect4, 6       the attachments to the cgroup
-//	pods/COOKIE/listeners   the sockets that take a pod's connections, filled in by the proxy
 //	pods/COOKIE/lookup      the attachment to the pod's network namespace
+//
+// The map listeners is filled in by the proxy.
 package bpf
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type pod -type host -type counter -type slot connect connect.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type pod -type host -type counter -type slot -type listener_key connect connect.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel lookup lookup.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -11,11 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// Names under a pod's pin directory.
-const (
-	listenersPin = "listeners"
-	lookupPin    = "lookup"
-)
+// lookupPin is the name of a link in a pod's pin directory.
+const lookupPin = "lookup"
 
 // Slot is the purpose and family of one of the proxy's listeners in a pod.
 type Slot uint32
@@ -32,31 +29,40 @@ const (
 	DNSIPv6
 )
 
+// slots is how many there are.
+const slots = DNSIPv6 + 1
+
 // Listeners is where the proxy puts its listening sockets in one pod. The listeners' addresses do not matter, and they
 // must not be MPTCP sockets.
-type Listeners struct{ sockets *ebpf.Map }
+type Listeners struct {
+	sockets *ebpf.Map
+	netns   uint64
+}
 
 // OpenListeners opens the listeners of the pod whose network namespace has that cookie. The error is fs.ErrNotExist
 // when the pod is not redirected by the programs of this package.
 func OpenListeners(dir string, netnsCookie uint64) (*Listeners, error) {
-	pin := filepath.Join(dir, "pods", strconv.FormatUint(netnsCookie, 10), listenersPin)
-	if _, err := os.Lstat(pin); err != nil {
+	if _, err := os.Lstat(filepath.Join(dir, "pods", strconv.FormatUint(netnsCookie, 10))); err != nil {
 		return nil, fmt.Errorf("open the pod's listeners: %w", err)
 	}
-	m, err := ebpf.LoadPinnedMap(pin, nil)
+	m, err := ebpf.LoadPinnedMap(filepath.Join(dir, "maps", connectMapListeners), nil)
 	if err != nil {
 		return nil, fmt.Errorf("open the pod's listeners: %w", err)
 	}
-	return &Listeners{m}, nil
+	return &Listeners{m, netnsCookie}, nil
 }
 
 // Set makes the listening socket fd take the slot's connections from now on. A slot empties by itself when its socket
 // is closed by all who hold it.
 func (l *Listeners) Set(slot Slot, fd int) error {
-	if err := l.sockets.Put(uint32(slot), uint64(fd)); err != nil {
+	if err := l.sockets.Put(slot.key(l.netns), uint64(fd)); err != nil {
 		return fmt.Errorf("set listener %d: %w", slot, err)
 	}
 	return nil
+}
+
+func (s Slot) key(netns uint64) connectListenerKey {
+	return connectListenerKey{Netns: netns, Slot: connectSlot(s)}
 }
 
 // Close releases the handle; the listeners stay in force.

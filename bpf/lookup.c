@@ -22,16 +22,10 @@
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 // Filled in by the loader for each pod. Unused entries are all zero, which is no address.
+const volatile __u64 netns;
 const volatile struct addr pod_addrs[MAX_POD_ADDRS];
 const volatile struct addr probe4;
 const volatile struct addr probe6;
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, SLOTS);
-	__type(key, enum slot);
-	__type(value, __u64);
-} listeners SEC(".maps");
 
 // The compiler may join reads of ctx fields across branches in a way that the verifier refuses; so each field is read
 // once, before any branch.
@@ -49,7 +43,8 @@ static __always_inline int is_own(const struct addr *a)
 // give hands the connection to the listener of a slot and returns the program's verdict.
 static __always_inline int give(struct bpf_sk_lookup *ctx, __u32 slot, enum counter given, enum counter refused)
 {
-	struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &slot);
+	struct listener_key key = { .netns = netns, .slot = slot };
+	struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &key);
 	long failed = 1;
 	if (listener) {
 		failed = bpf_sk_assign(ctx, listener, BPF_SK_LOOKUP_F_NO_REUSEPORT);

@@ -30,15 +30,12 @@ const (
 	lookupCounterCOUNTERS            lookupCounter = 6
 )
 
-type lookupSlot uint32
-
-const (
-	lookupSlotSLOT_OUTBOUND          lookupSlot = 0
-	lookupSlotSLOT_INBOUND_PLAINTEXT lookupSlot = 2
-	lookupSlotSLOT_INBOUND_HBONE     lookupSlot = 4
-	lookupSlotSLOT_DNS               lookupSlot = 6
-	lookupSlotSLOTS                  lookupSlot = 8
-)
+type lookupListenerKey struct {
+	_     structs.HostLayout
+	Netns uint64
+	Slot  uint32
+	Pad   uint32
+}
 
 // Names of all BPF objects in the ELF.
 //
@@ -47,6 +44,7 @@ const (
 	lookupMapCounters  = "counters"
 	lookupMapListeners = "listeners"
 	lookupProgLookup   = "lookup"
+	lookupVarNetns     = "netns"
 	lookupVarPodAddrs  = "pod_addrs"
 	lookupVarProbe4    = "probe4"
 	lookupVarProbe6    = "probe6"
@@ -109,6 +107,7 @@ type lookupMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupVariableSpecs struct {
+	Netns    *ebpf.VariableSpec `ebpf:"netns"`
 	PodAddrs *ebpf.VariableSpec `ebpf:"pod_addrs"`
 	Probe4   *ebpf.VariableSpec `ebpf:"probe4"`
 	Probe6   *ebpf.VariableSpec `ebpf:"probe6"`
@@ -149,6 +148,7 @@ func (m *lookupMaps) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupVariables struct {
+	Netns    *ebpf.Variable `ebpf:"netns"`
 	PodAddrs *ebpf.Variable `ebpf:"pod_addrs"`
 	Probe4   *ebpf.Variable `ebpf:"probe4"`
 	Probe6   *ebpf.Variable `ebpf:"probe6"`

@@ -31,7 +31,8 @@ type Config struct {
 // Node is the node's part of redirection: the programs in the cgroup, and the maps shared with all pods. Its methods
 // are safe for concurrent use.
 type Node struct {
-	cfg Config
+	cfg    Config
+	lookup *ebpf.CollectionSpec
 
 	mu   sync.Mutex
 	maps connectMaps
@@ -43,7 +44,11 @@ func Open(cfg Config) (*Node, error) {
 	if err := mountAt(cfg.Dir); err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg}
+	lookup, err := loadLookup()
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg, lookup: lookup}
 	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)

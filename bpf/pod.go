@@ -27,15 +27,13 @@ type Pod struct {
 	IPs []netip.Addr
 }
 
-// PrepareListeners makes sure that the pod has a place where the proxy can put its listeners. No traffic is redirected by it.
-func (n *Node) PrepareListeners(cookie uint64) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	m, err := n.listeners(cookie)
-	if err != nil {
-		return err
+// Prepare makes sure that the proxy can put its listeners for the pod in place (OpenListeners). No traffic is redirected
+// by it.
+func (n *Node) Prepare(cookie uint64) error {
+	if err := os.MkdirAll(n.podPath(cookie), 0o700); err != nil {
+		return fmt.Errorf("make the pod's pin directory: %w", err)
 	}
-	return m.Close()
+	return nil
 }
 
 // EnsurePod redirects the pod's TCP, in ns, its network namespace. It is idempotent, and replaces an older program
@@ -45,18 +43,18 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err != nil {
 		return err
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	listeners, err := n.listeners(pod.Cookie)
+	if err := n.Prepare(pod.Cookie); err != nil {
+		return err
+	}
+	program, err := n.loadLookup(pod.Cookie, value.Addrs)
 	if err != nil {
 		return err
 	}
-	defer listeners.Close()
-	if err := n.ensureLookup(ns, pod.Cookie, value.Addrs, listeners); err != nil {
+	defer program.Close()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.ensureLookup(ns, pod.Cookie, program); err != nil {
 		return err
-	}
-	if err := n.maps.PodListeners.Put(pod.Cookie, uint32(listeners.FD())); err != nil {
-		return fmt.Errorf("set the pod's listeners: %w", err)
 	}
 	if err := n.ensurePodAddrs(pod.Cookie, value.Addrs[:value.AddrCount]); err != nil {
 		return err
@@ -67,63 +65,38 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	return nil
 }
 
-// listeners opens or makes the pod's map of listeners. The caller closes it.
-func (n *Node) listeners(cookie uint64) (*ebpf.Map, error) {
-	pin := n.podPath(cookie, listenersPin)
-	m, err := ebpf.LoadPinnedMap(pin, nil)
-	if err == nil {
-		return m, nil
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("open pinned listeners: %w", err)
-	}
-	if err := os.MkdirAll(n.podPath(cookie), 0o700); err != nil {
-		return nil, fmt.Errorf("make the pod's pin directory: %w", err)
-	}
-	m, err = ebpf.NewMap(&ebpf.MapSpec{
-		Name: "listeners", Type: ebpf.SockMap, KeySize: 4, ValueSize: 8, MaxEntries: uint32(connectSlotSLOTS),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("make listeners: %w", err)
-	}
-	if err := m.Pin(pin); err != nil {
-		m.Close()
-		return nil, fmt.Errorf("pin listeners: %w", err)
-	}
-	return m, nil
-}
-
-// ensureLookup attaches the pod's own instance of the lookup program.
-func (n *Node) ensureLookup(ns *os.File, cookie uint64, addrs [MaxPodIPs]connectAddr, listeners *ebpf.Map) error {
-	spec, err := loadLookup()
-	if err != nil {
-		return err
-	}
+// loadLookup loads the pod's own instance of the lookup program. The caller closes it.
+func (n *Node) loadLookup(cookie uint64, addrs [MaxPodIPs]connectAddr) (*ebpf.Program, error) {
+	spec := n.lookup.Copy()
 	for name, value := range map[string]any{
+		"netns":     cookie,
 		"pod_addrs": addrs,
 		"probe4":    toAddr(n.cfg.Probe4),
 		"probe6":    toAddr(n.cfg.Probe6),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
-			return fmt.Errorf("set %s of the lookup program: %w", name, err)
+			return nil, fmt.Errorf("set %s of the lookup program: %w", name, err)
 		}
 	}
 	var programs lookupPrograms
-	err = spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		lookupMapListeners: listeners,
+	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		lookupMapListeners: n.maps.Listeners,
 		lookupMapCounters:  n.maps.Counters,
 	}})
 	if err != nil {
-		return fmt.Errorf("load the lookup program: %w", err)
+		return nil, fmt.Errorf("load the lookup program: %w", err)
 	}
-	defer programs.Close()
+	return programs.Lookup, nil
+}
 
+// ensureLookup attaches the program to the pod's network namespace.
+func (n *Node) ensureLookup(ns *os.File, cookie uint64, program *ebpf.Program) error {
 	pin := n.podPath(cookie, lookupPin)
 	old, err := link.LoadPinnedLink(pin, nil)
 	if err == nil {
 		defer old.Close()
 		if attached(old) {
-			return old.Update(programs.Lookup)
+			return old.Update(program)
 		}
 		if err := old.Unpin(); err != nil {
 			return fmt.Errorf("unpin a link to a namespace that is gone: %w", err)
@@ -133,7 +106,7 @@ func (n *Node) ensureLookup(ns *os.File, cookie uint64, addrs [MaxPodIPs]connect
 	}
 	var made *link.NetNsLink
 	err = withFD(ns, func(fd int) error {
-		made, err = link.AttachNetNs(fd, programs.Lookup)
+		made, err = link.AttachNetNs(fd, program)
 		return err
 	})
 	if err != nil {
@@ -186,9 +159,12 @@ func (n *Node) RemovePod(cookie uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var errs []error
-	for _, m := range []*ebpf.Map{n.maps.Pods, n.maps.PodListeners} {
-		if err := m.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove the pod: %w", err))
+	if err := n.maps.Pods.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
+	}
+	for slot := range slots {
+		if err := n.maps.Listeners.Delete(slot.key(cookie)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("remove a listener of the pod: %w", err))
 		}
 	}
 	errs = append(errs, n.ensurePodAddrs(cookie, nil))

@@ -44,6 +44,21 @@ enum counter {
 	COUNTERS,
 };
 
+struct listener_key {
+	__u64 netns;
+	enum slot slot;
+	__u32 pad;
+};
+
+// The proxy's listeners in all pods. One map for the node: a map for each pod inside of another would make each pod wait
+// for every CPU of the kernel to be done with it (synchronize_rcu, about 10 ms).
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 4096 * SLOTS);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNTERS);

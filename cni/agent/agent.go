@@ -60,6 +60,8 @@ type Config struct {
 	DaemonSet string
 	// Ready are further conditions of readiness.
 	Ready []func() error
+	// Clean are further things to take off the node when the agent is uninstalled; they come first.
+	Clean []func() error
 }
 
 // agent is one run of the agent.
@@ -274,7 +276,12 @@ func Uninstall(cfg Config, log *zap.Logger) error {
 
 // clean removes all that the agent made on the node.
 func (a *agent) clean(host *os.File) error {
-	errs := []error{a.enrol.removeAll(), redirect.Uninstall(redirectConfig(a.cfg, host)), os.RemoveAll(filepath.Join(a.cfg.RunDir, "pods"))}
+	var errs []error
+	for _, further := range a.cfg.Clean {
+		errs = append(errs, further())
+	}
+	errs = append(errs,
+		a.enrol.removeAll(), redirect.Uninstall(redirectConfig(a.cfg, host)), os.RemoveAll(filepath.Join(a.cfg.RunDir, "pods")))
 	for _, socket := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket} {
 		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)

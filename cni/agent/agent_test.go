@@ -281,7 +281,7 @@ type proxy struct {
 	mu        sync.Mutex
 	pods      map[string]zds.Workload
 	listeners map[string]*net.TCPListener
-	snapshots int
+	held      []*net.TCPConn
 	refuse    bool
 }
 
@@ -297,6 +297,9 @@ func (n *node) proxy() (*proxy, func()) {
 		<-done
 		for uid := range p.pods {
 			p.Delete(uid)
+		}
+		for _, conn := range p.held {
+			conn.Close()
 		}
 	})
 	n.t.Cleanup(stop)
@@ -328,12 +331,26 @@ func (p *proxy) Add(_ context.Context, w zds.Workload) error {
 		return err
 	}
 	p.pods[w.UID], p.listeners[w.UID] = w, l
+	go p.hold(l)
 	raw, err := l.SyscallConn()
 	if err != nil {
 		return err
 	}
 	raw.Control(func(fd uintptr) { err = slots.Set(bpf.OutboundIPv4, int(fd)) })
 	return err
+}
+
+// hold accepts connections and keeps them open.
+func (p *proxy) hold(l *net.TCPListener) {
+	for {
+		conn, err := l.AcceptTCP()
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		p.held = append(p.held, conn)
+		p.mu.Unlock()
+	}
 }
 
 func (p *proxy) Delete(uid string) error {
@@ -346,11 +363,26 @@ func (p *proxy) Delete(uid string) error {
 	return nil
 }
 
-func (p *proxy) Snapshot(map[string]struct{}) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.snapshots++
+func (p *proxy) Snapshot(map[string]struct{}) {}
+
+// last finds the proxy's end of a connection.
+func (p *proxy) last(n *node, client netip.AddrPort) (found *net.TCPConn) {
+	n.t.Helper()
+	n.eventually("the proxy has the connection", func() error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, conn := range p.held {
+			if addrPort(conn.RemoteAddr()) == client {
+				found = conn
+				return nil
+			}
+		}
+		return fmt.Errorf("none from %v", client)
+	})
+	return found
 }
+
+func addrPort(a net.Addr) netip.AddrPort { return a.(*net.TCPAddr).AddrPort() }
 
 func (p *proxy) workload(uid string) (zds.Workload, bool) {
 	p.mu.Lock()
@@ -419,7 +451,7 @@ func TestStartFailsWithoutTheProxysWord(t *testing.T) {
 
 func TestLabelsTakeRunningPodsInAndOut(t *testing.T) {
 	n := newNode(t)
-	n.proxy()
+	proxy, _ := n.proxy()
 	p, stays := n.pod("web", 1, ""), n.pod("stays", 2, modeLabel+": none")
 	n.add(p)
 	n.add(stays)
@@ -433,10 +465,16 @@ func TestLabelsTakeRunningPodsInAndOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+	atProxy := proxy.last(n, addrPort(conn.LocalAddr()))
 	n.namespace("app", "")
 	n.expectSoon(p, "out")
 	if _, err := conn.Write([]byte("still")); err != nil {
 		t.Errorf("a connection that was open: %v", err)
+	}
+	buf := make([]byte, 5)
+	atProxy.SetReadDeadline(time.Now().Add(3 * time.Second))
+	if _, err := io.ReadFull(atProxy, buf); err != nil || string(buf) != "still" {
+		t.Errorf("a connection that was open brought %q: %v", buf, err)
 	}
 	n.object(p, ambient, true)
 	n.expectSoon(p, "proxy")

@@ -39,7 +39,7 @@ type lab struct {
 	redirector *redirect.Redirector
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	testenv.RequireBPF(t)
 	l := &lab{host: newNetns(t), pod: newNetns(t)}
@@ -68,7 +68,7 @@ func newLab(t *testing.T) *lab {
 }
 
 // makeCgroup makes a cgroup below the lab's and removes it at the end.
-func (l *lab) makeCgroup(t *testing.T, name string) string {
+func (l *lab) makeCgroup(t testing.TB, name string) string {
 	t.Helper()
 	path := filepath.Join(l.cgroup, name)
 	if err := os.MkdirAll(path, 0o755); err != nil {
@@ -83,7 +83,7 @@ func (l *lab) makeCgroup(t *testing.T, name string) string {
 }
 
 // moveTo moves this process into a cgroup and returns the path of the one it was in.
-func moveTo(t *testing.T, cgroup string) string {
+func moveTo(t testing.TB, cgroup string) string {
 	t.Helper()
 	content, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -99,7 +99,7 @@ func moveTo(t *testing.T, cgroup string) string {
 	return home
 }
 
-func newNetns(t *testing.T) *os.File {
+func newNetns(t testing.TB) *os.File {
 	t.Helper()
 	ns, err := netns.New()
 	if err != nil {
@@ -110,17 +110,13 @@ func newNetns(t *testing.T) *os.File {
 }
 
 // connectNetns joins host and pod as a routed veth does in a cluster.
-func connectNetns(t *testing.T, host, pod *os.File) {
+func connectNetns(t testing.TB, host, pod *os.File) {
 	t.Helper()
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	for _, ns := range []*os.File{host, pod} {
-		// Else the first second goes by with addresses that are not settled.
-		must(netns.Do(ns, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0) }))
 	}
 	must(netns.Do(host, func() error {
 		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pod"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(int(pod.Fd()))}
@@ -132,6 +128,40 @@ func connectNetns(t *testing.T, host, pod *os.File) {
 	must(netns.Do(pod, func() error {
 		return configure("eth0", []string{"10.78.0.2/24", "fd78::2/64"}, nil, []netip.Addr{host4, host6})
 	}))
+	// The ends know each other from the start: to find an IPv6 neighbour takes seconds on a link that is new.
+	ends := []struct {
+		ns     *os.File
+		device string
+		addrs  []netip.Addr
+		mac    net.HardwareAddr
+	}{{host, "pod", []netip.Addr{host4, host6}, nil}, {pod, "eth0", []netip.Addr{pod4, pod6}, nil}}
+	for i, end := range ends {
+		must(netns.Do(end.ns, func() error {
+			link, err := netlink.LinkByName(end.device)
+			if err == nil {
+				ends[i].mac = link.Attrs().HardwareAddr
+			}
+			return err
+		}))
+	}
+	for i, end := range ends {
+		must(netns.Do(end.ns, func() error { return know(end.device, ends[1-i].addrs, ends[1-i].mac) }))
+	}
+}
+
+// know makes addresses neighbours on a device of the current namespace.
+func know(device string, addrs []netip.Addr, mac net.HardwareAddr) error {
+	link, err := netlink.LinkByName(device)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		n := &netlink.Neigh{LinkIndex: link.Attrs().Index, IP: a.AsSlice(), HardwareAddr: mac, State: netlink.NUD_PERMANENT}
+		if err := netlink.NeighSet(n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // configure gives the current namespace's interface and lo their addresses, and routes everything through gateways.

@@ -105,7 +105,7 @@ func (r *Redirector) Prepare(ctx context.Context, pod Pod) (uint64, error) {
 	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
 		return 0, fmt.Errorf("prepare the pod's network namespace: %w", err)
 	}
-	if err := r.node.PrepareListeners(cookie); err != nil {
+	if err := r.node.Prepare(cookie); err != nil {
 		return 0, err
 	}
 	return cookie, nil

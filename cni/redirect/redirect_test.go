@@ -492,9 +492,34 @@ func exchange(t *testing.T, a, b net.Conn) {
 	}
 }
 
-func writeFile(t *testing.T, path, content string) {
+func writeFile(t testing.TB, path, content string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(content), 0); err != nil {
 		t.Error(err)
+	}
+}
+
+// BenchmarkEnsure is the agent's own part of a pod's start.
+func BenchmarkEnsure(b *testing.B) {
+	l := newLab(b)
+	for b.Loop() {
+		b.StopTimer()
+		ns, err := netns.New()
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := netns.Do(ns, func() error { return configure("lo", nil, []string{pod4.String() + "/32"}, nil) }); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+		if _, err := l.redirector.Ensure(b.Context(), redirect.Pod{UID: "u", Netns: ns, IPs: []netip.Addr{pod4, pod6}}); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if err := l.redirector.Remove(ns); err != nil {
+			b.Fatal(err)
+		}
+		ns.Close()
+		b.StartTimer()
 	}
 }
