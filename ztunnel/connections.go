@@ -9,6 +9,7 @@ package ztunnel
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -72,8 +73,8 @@ type connection struct {
 	service             *mesh.Service
 	serviceName         string // where service is nil and the peer has named it
 	sourceID, destID    mesh.Identity
-	mutualTLS           bool   // both identities are proven
-	path                string // as in the access log
+	mutualTLS           bool     // both identities are proven
+	path                string   // as in the access log
 	policy              string   // that decided
 	dryRun              []string // policies that would have decided, were they enforced
 
@@ -81,7 +82,8 @@ type connection struct {
 	check  authz.Connection // what the policies of an inbound connection are asked
 
 	mu       sync.Mutex
-	checked  bool // policies apply to it
+	checked  bool                  // policies apply to it
+	policies []*mesh.Authorization // that were asked last
 	cut      func(error)
 	counters func() (sent, received int64)
 	cutFor   *failure
@@ -137,7 +139,11 @@ func (c *connection) authorize(store *state.Store, question authz.Connection) *f
 	if self == nil {
 		return fail(reasonNotSynced, "the pod was taken out of the mesh")
 	}
-	verdict := authz.Check(snap.Policies(self), question)
+	policies := snap.Policies(self)
+	c.mu.Lock()
+	c.policies = policies
+	c.mu.Unlock()
+	verdict := authz.Check(policies, question)
 	c.policy, c.dryRun = verdict.Policy, verdict.DryRun
 	if !verdict.Allowed {
 		return denied(reasonDenied, verdict)
@@ -261,21 +267,35 @@ func (c *connection) serviceHostname() string {
 // recheck cuts the inbound connections that the policies of snap do not let in any more. A connection whose pod the
 // snapshot does not know stays: nothing can be said about it.
 func (s *connections) recheck(snap *state.Snapshot) {
+	ofPod := map[*pod][]*mesh.Authorization{}
 	for _, c := range s.list() {
-		c.mu.Lock()
-		question, checked := c.check, c.checked
-		c.mu.Unlock()
-		if !checked {
-			continue
+		policies, known := ofPod[c.pod]
+		if !known {
+			self := c.pod.workload(snap)
+			if self == nil {
+				continue
+			}
+			policies = snap.Policies(self)
+			ofPod[c.pod] = policies
 		}
-		self := c.pod.workload(snap)
-		if self == nil {
-			continue
-		}
-		if verdict := authz.Check(snap.Policies(self), question); !verdict.Allowed {
-			c.abort(denied(reasonPolicyChanged, verdict))
+		if failed := c.reconsider(policies); failed != nil {
+			c.abort(failed)
 		}
 	}
+}
+
+// reconsider asks policies unless they are the ones that were asked last.
+func (c *connection) reconsider(policies []*mesh.Authorization) *failure {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.checked || slices.Equal(c.policies, policies) {
+		return nil
+	}
+	c.policies = policies
+	if verdict := authz.Check(policies, c.check); !verdict.Allowed {
+		return denied(reasonPolicyChanged, verdict)
+	}
+	return nil
 }
 
 func (s *connections) list() []*connection {

@@ -30,8 +30,8 @@ import (
 )
 
 // newServer makes the HBONE server of a pod: it answers with the pod's identity.
-func (p *Proxy) newServer(ctx context.Context, pod *pod) *hbone.Server {
-	config := identity.ServerTLS(ctx, p.certs, pod.identity)
+func (p *Proxy) newServer(pod *pod) *hbone.Server {
+	config := identity.ServerTLS(p.running, p.certs, pod.identity)
 	return hbone.NewServer(hbone.ServerConfig{
 		TLS: func(_ context.Context, hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			return config.GetConfigForClient(hello)

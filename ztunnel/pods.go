@@ -104,7 +104,7 @@ func (p *pod) same(w zds.Workload) bool {
 	return p.Name == w.Name && p.Namespace == w.Namespace && p.ServiceAccount == w.ServiceAccount
 }
 
-// Delete stops serving a pod. Its open connections go on.
+// Delete stops serving a pod. Its open connections go on; none that is still being made will be.
 func (s *pods) Delete(uid string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -133,6 +133,9 @@ func (s *pods) remove(p *pod) {
 		delete(s.byWorkload, p.workloadUID)
 	}
 	p.close()
+	p.Netns.Close()
+	// Peers are told to take no more streams on the tunnels they have.
+	go p.server.Drain(s.proxy.running)
 	s.proxy.certs.Release(p.identity)
 	s.proxy.log.Info("no longer serving pod", zap.String("pod", p.Namespace+"/"+p.Name), zap.String("uid", p.UID))
 }
@@ -186,7 +189,7 @@ func (p *pod) serve(proxy *Proxy) error {
 	}
 	ctx, stop := context.WithCancel(proxy.running)
 	p.stop = stop
-	p.server = proxy.newServer(ctx, p)
+	p.server = proxy.newServer(p)
 	for _, l := range p.listeners {
 		switch l.purpose {
 		case purposeOutbound:
@@ -195,7 +198,8 @@ func (p *pod) serve(proxy *Proxy) error {
 			go p.accept(ctx, proxy, l, proxy.servePassthrough)
 		case purposeHBONE:
 			go func() {
-				if err := p.server.Serve(ctx, l); err != nil {
+				// Tunnels outlive the pod's listeners, as connections do.
+				if err := p.server.Serve(proxy.running, l); err != nil {
 					proxy.log.Error("HBONE listener failed", zap.String("pod", p.Namespace+"/"+p.Name), zap.Error(err))
 				}
 			}()

@@ -430,6 +430,42 @@ func TestStoppedProxyRefuses(t *testing.T) {
 	}
 }
 
+// TestUnenrolledPodKeepsItsConnections: what is open goes on, and what comes next goes without the proxy.
+func TestUnenrolledPodKeepsItsConnections(t *testing.T) {
+	s := newShop(t, nil)
+	out, in, node := s.greeted(s.client.ns, s.vip4), s.greeted(s.fabric, s.near4), s.greeted(s.client.ns, s.near4)
+	for _, p := range []*pod{s.client, s.near} {
+		s.must(s.redirector.Release(cookieOf(t, p.ns)))
+		s.must(s.node1.agent.Delete(t.Context(), "uid-"+p.name))
+	}
+	s.must(s.redirector.Release(cookieOf(t, s.far.ns)))
+	s.must(s.node2.agent.Delete(t.Context(), "uid-far"))
+	for name, conn := range map[string]*net.TCPConn{"through a tunnel": out, "from outside": in, "within the node": node} {
+		if _, err := conn.Write([]byte("x")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	lines := s.node1.logs.Len()
+	if answer, err := call(t, s.client.ns, s.far4); err != nil || answer != s.client.ip4.String()+"\nhello" {
+		t.Errorf("a new connection: %q, %v", answer, err)
+	}
+	if now := s.node1.logs.Len(); now != lines {
+		t.Errorf("the proxy wrote %d lines about a pod that it does not serve any more", now-lines)
+	}
+}
+
+func cookieOf(t *testing.T, ns *os.File) uint64 {
+	t.Helper()
+	cookie, err := netns.Cookie(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cookie
+}
+
 // TestDrain: after SIGTERM the proxy is not ready, but what is open goes on and new connections are still made, until the
 // last has ended.
 func TestDrain(t *testing.T) {
