@@ -2,15 +2,18 @@
 //
 //	cni-agent [flags]             runs
 //	cni-agent uninstall [flags]   leaves the node as it was before the first run; the agent must not be running
+//	cni-agent withdraw [flags]    ends the agents of all nodes (--daemonset) and waits until each has cleaned its node
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -18,6 +21,7 @@ import (
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/cni/agent"
+	"github.com/fairlead-mesh/fairlead/cni/install"
 	"github.com/fairlead-mesh/fairlead/cni/plugin"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
@@ -26,23 +30,34 @@ import (
 var version = "dev"
 
 func main() {
-	arguments := os.Args[1:]
-	uninstall := len(arguments) > 0 && arguments[0] == "uninstall"
-	if uninstall {
-		arguments = arguments[1:]
+	arguments, verb := os.Args[1:], "run"
+	if len(arguments) > 0 && (arguments[0] == "uninstall" || arguments[0] == "withdraw") {
+		verb, arguments = arguments[0], arguments[1:]
 	}
-	cfg, logLevel, err := parse(arguments)
+	o, err := parse(arguments)
+	if err == nil && o.agent.NodeName == "" && verb != "withdraw" {
+		err = errors.New("--node-name (or NODE_NAME) is needed")
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "cni-agent:", err)
 		os.Exit(2)
 	}
-	if err := run(cfg, logLevel, uninstall); err != nil {
+	if err := o.run(verb); err != nil {
 		fmt.Fprintln(os.Stderr, "cni-agent:", err)
 		os.Exit(1)
 	}
 }
 
-func parse(arguments []string) (cfg agent.Config, logLevel string, err error) {
+// options are the flags.
+type options struct {
+	agent    agent.Config
+	install  install.Config
+	logLevel string
+	timeout  time.Duration
+}
+
+func parse(arguments []string) (o options, err error) {
+	cfg := &o.agent
 	flags := flag.NewFlagSet("cni-agent", flag.ContinueOnError)
 	flags.StringVar(&cfg.NodeName, "node-name", os.Getenv("NODE_NAME"), "the node whose pods are this agent's")
 	flags.StringVar(&cfg.ConfigDir, "config-dir", "", "a directory of Kubernetes YAML, in place of an API server")
@@ -59,23 +74,25 @@ func parse(arguments []string) (cfg agent.Config, logLevel string, err error) {
 	flags.StringVar(&cfg.MetricsAddr, "metrics-addr", ":15014", "address of /metrics")
 	flags.StringVar(&cfg.DaemonSet, "daemonset", "", "NAMESPACE/NAME of the agent's DaemonSet: when it is deleted, the agent cleans the node at its end")
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 8*time.Second, "how long a starting pod waits for the node proxy")
-	flags.StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	flags.StringVar(&o.install.Binary, "plugin", "/usr/local/bin/cni-plugin", "the CNI plugin to install on the node")
+	flags.StringVar(&o.install.BinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime looks for CNI plugins")
+	flags.StringVar(&o.install.ConfDir, "cni-conf-dir", "", "where the container runtime looks for CNI configurations (/etc/cni/net.d on most nodes); empty: nothing is installed")
+	flags.DurationVar(&o.timeout, "timeout", time.Minute, "withdraw: how long to wait for the agents")
+	flags.StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
 	exclude := flags.String("exclude-namespaces", "istio-system,kube-system", "namespaces that are never in the mesh, with commas between")
 	if err := flags.Parse(arguments); err != nil {
-		return cfg, logLevel, err
+		return o, err
 	}
 	if flags.NArg() > 0 {
-		return cfg, logLevel, fmt.Errorf("unknown argument %q", flags.Arg(0))
-	}
-	if cfg.NodeName == "" {
-		return cfg, logLevel, fmt.Errorf("--node-name (or NODE_NAME) is needed")
+		return o, fmt.Errorf("unknown argument %q", flags.Arg(0))
 	}
 	cfg.ExcludeNamespaces = strings.FieldsFunc(*exclude, func(r rune) bool { return r == ',' })
-	return cfg, logLevel, nil
+	o.install.EventSocket, o.install.ExcludeNamespaces = cfg.EventSocket, cfg.ExcludeNamespaces
+	return o, nil
 }
 
-func run(cfg agent.Config, logLevel string, uninstall bool) error {
-	level, err := zap.ParseAtomicLevel(logLevel)
+func (o options) run(verb string) error {
+	level, err := zap.ParseAtomicLevel(o.logLevel)
 	if err != nil {
 		return err
 	}
@@ -86,11 +103,55 @@ func run(cfg agent.Config, logLevel string, uninstall bool) error {
 		return err
 	}
 	defer func() { _ = log.Sync() }()
-	if uninstall {
-		return agent.Uninstall(cfg, log)
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
+	if verb == "withdraw" {
+		return o.withdraw(ctx, log)
+	}
+	if o.install.ConfDir != "" {
+		o.install.Log = log
+		o.agent.Clean = append(o.agent.Clean, func() error { return install.Remove(o.install) })
+	}
+	if verb == "uninstall" {
+		return agent.Uninstall(o.agent, log)
+	}
 	log.Info("cni-agent starts", zap.String("version", version))
-	return agent.Run(ctx, cfg, log)
+	if o.install.ConfDir == "" {
+		return agent.Run(ctx, o.agent, log)
+	}
+	return o.serve(ctx, log)
+}
+
+// serve runs the agent with the plugin's installer beside it. The agent comes to its end, where it may take the plugin
+// off the node again, when the installer has.
+func (o options) serve(ctx context.Context, log *zap.Logger) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	installer := install.New(o.install)
+	ended := make(chan error, 1)
+	go func() {
+		defer cancel()
+		ended <- installer.Run(ctx)
+	}()
+	o.agent.Ready = append(o.agent.Ready, installer.Ready)
+	stopped := sync.OnceValue(func() error { cancel(); return <-ended })
+	o.agent.Clean = append([]func() error{stopped}, o.agent.Clean...)
+	err := agent.Run(ctx, o.agent, log)
+	return errors.Join(err, stopped())
+}
+
+// withdraw reports the nodes that did not answer, and does not fail for them: a node that is down must not keep the
+// chart from being uninstalled.
+func (o options) withdraw(ctx context.Context, log *zap.Logger) error {
+	namespace, name, ok := strings.Cut(o.agent.DaemonSet, "/")
+	if !ok {
+		return fmt.Errorf("--daemonset %q: want NAMESPACE/NAME", o.agent.DaemonSet)
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
+	left, err := install.Withdraw(ctx, o.agent.Kubeconfig, namespace, name, log)
+	if len(left) > 0 {
+		log.Warn("nodes that were not seen to be clean; when one is back, run `cni-agent uninstall` on it", zap.Strings("nodes", left))
+	}
+	return err
 }
