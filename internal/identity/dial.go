@@ -36,7 +36,8 @@ func (p ControlPlane) Dial(context.Context) (*grpc.ClientConn, error) {
 		return nil, fmt.Errorf("control plane address %q: want https://host:port", p.Address)
 	}
 	options := []grpc.DialOption{
-		grpc.WithNoProxy(), // the control plane is never behind a proxy of the environment
+		grpc.WithNoProxy(),              // the control plane is never behind a proxy of the environment
+		grpc.WithDisableServiceConfig(), // which would be asked for as a TXT record, for many seconds where no DNS answers
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
 	}
 	switch target.Scheme {
