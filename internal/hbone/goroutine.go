@@ -24,11 +24,13 @@ const maxHeaderList = 32 << 10
 
 // Goroutines is the driver over any net.Conn: per tunnel a goroutine that reads and one that writes, crypto/tls's own
 // records, and two goroutines per relay. The waypoint, FIPS mode and tests use it.
-func Goroutines() Driver { return goroutines{} }
+func Goroutines() Driver { return &goroutines{} }
 
-type goroutines struct{}
+type goroutines struct {
+	buffers sync.Pool // *[]byte of appRead bytes
+}
 
-func (goroutines) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tunnelConfig) (tunnel, error) {
+func (d *goroutines) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tunnelConfig) (tunnel, error) {
 	tlsConn := tls.Client(nc, cfg)
 	if tc.server {
 		tlsConn = tls.Server(nc, cfg)
@@ -42,7 +44,7 @@ func (goroutines) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tu
 		nc.Close()
 		return nil, &TLSError{Err: err}
 	}
-	return newGoTunnel(tlsConn, &connInfo{local: nc.LocalAddr(), remote: nc.RemoteAddr(), tls: &state}, tc), nil
+	return newGoTunnel(d, tlsConn, &connInfo{local: nc.LocalAddr(), remote: nc.RemoteAddr(), tls: &state}, tc), nil
 }
 
 // checkState holds what HBONE demands of TLS whatever the caller's configuration allowed.
@@ -63,6 +65,7 @@ func machineConfig(tc *tunnelConfig) machine.Config {
 
 // goTunnel is one tunnel of the goroutine driver. Lock order: mu, then the pool's or server's lock, then a stream's.
 type goTunnel struct {
+	d     *goroutines
 	nc    net.Conn
 	tc    tunnelConfig
 	info  *connInfo
@@ -79,8 +82,8 @@ type goTunnel struct {
 	err     error
 }
 
-func newGoTunnel(nc net.Conn, info *connInfo, tc tunnelConfig) *goTunnel {
-	t := &goTunnel{nc: nc, tc: tc, info: info, start: time.Now(), m: machine.New(machineConfig(&tc)),
+func newGoTunnel(d *goroutines, nc net.Conn, info *connInfo, tc tunnelConfig) *goTunnel {
+	t := &goTunnel{d: d, nc: nc, tc: tc, info: info, start: time.Now(), m: machine.New(machineConfig(&tc)),
 		blocked: map[*Stream]struct{}{}, life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
 	t.work.L = &t.mu
 	if tc.ping > 0 {
@@ -413,5 +416,5 @@ func addrPort(a net.Addr) netip.AddrPort {
 }
 
 func (t *goTunnel) relay(s *Stream, app *net.TCPConn, done func(relay.Result)) {
-	relayStream(s, app, done)
+	relayStream(s, app, &t.d.buffers, done)
 }

@@ -61,7 +61,7 @@ func (t *loopTunnel) begin(reserve int) bool {
 
 // keyUpdate appends the record of a key update; the caller has seen to room.
 func (t *loopTunnel) keyUpdate() {
-	b, err := t.rec.AppendKeyUpdate(t.buf[:t.sealed])
+	b, err := t.rec.AppendKeyUpdate(t.buf[:t.sealed], false)
 	t.sealed = len(b)
 	if err != nil {
 		t.w.loop.Post(func() { t.fail(err) })

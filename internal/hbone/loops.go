@@ -2,6 +2,7 @@ package hbone
 
 import (
 	"context"
+	"crypto/fips140"
 	"crypto/tls"
 	"net"
 	"runtime"
@@ -24,7 +25,8 @@ const (
 
 // Loops is the driver of event loops: a tunnel and the application sockets relayed over it belong to one of n loops, which
 // does their records, frames and system calls without a goroutine or a lock per connection. n = 0 means one per two
-// cores. Tunnels whose connection is not a *net.TCPConn are given to Goroutines.
+// cores. Tunnels whose connection is not a *net.TCPConn are given to Goroutines, and all of them where only approved
+// cryptography may be used (GODEBUG=fips140=only), since there the records must be crypto/tls's own.
 func Loops(n int) (*LoopDriver, error) {
 	if n == 0 {
 		n = max(1, runtime.GOMAXPROCS(0)/2)
@@ -45,6 +47,7 @@ func Loops(n int) (*LoopDriver, error) {
 
 // LoopDriver is a set of event loops.
 type LoopDriver struct {
+	slow    goroutines // for what the loops cannot serve
 	workers []*worker
 	next    atomic.Uint32
 }
@@ -58,8 +61,8 @@ func (d *LoopDriver) Stop() {
 
 func (d *LoopDriver) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tunnelConfig) (tunnel, error) {
 	tcp, ok := nc.(*net.TCPConn)
-	if !ok {
-		return goroutines{}.start(ctx, nc, cfg, tc)
+	if !ok || fips140.Enforced() {
+		return d.slow.start(ctx, nc, cfg, tc)
 	}
 	rec, state, early, err := tlsrecord.Handshake(ctx, tcp, cfg, tc.server)
 	if err == nil {

@@ -210,9 +210,14 @@ func (c *Conn) UpdateDue() bool { return c.owed || c.out.seq >= c.out.suite.limi
 // ControlLen is how many bytes AppendKeyUpdate or AppendAlert adds at most.
 const ControlLen = headerLen + 5 + TailLen
 
-// AppendKeyUpdate appends the record that announces a new sending key, and changes to it.
-func (c *Conn) AppendKeyUpdate(b []byte) ([]byte, error) {
-	b = c.appendRecord(b, typeHandshake, []byte{messageKeyUpdate, 0, 0, 1, 0})
+// AppendKeyUpdate appends the record that announces a new sending key, and changes to it; ask says that the peer shall do
+// the same.
+func (c *Conn) AppendKeyUpdate(b []byte, ask bool) ([]byte, error) {
+	message := []byte{messageKeyUpdate, 0, 0, 1, 0}
+	if ask {
+		message[4] = 1
+	}
+	b = c.appendRecord(b, typeHandshake, message)
 	c.owed = false
 	if err := c.out.update(); err != nil {
 		return b, fmt.Errorf("update the sending key: %w", err)

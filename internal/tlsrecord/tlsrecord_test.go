@@ -53,7 +53,7 @@ func (s *side) read() ([]byte, error) {
 				return p, err
 			}
 			if s.UpdateDue() {
-				b, err := s.AppendKeyUpdate(nil)
+				b, err := s.AppendKeyUpdate(nil, false)
 				if err != nil {
 					return nil, err
 				}
@@ -151,7 +151,7 @@ func TestAgainstCryptoTLS(t *testing.T) {
 			go func() {
 				for i := 0; i < len(want); i += 1 << 20 {
 					s.write(want[i : i+1<<20])
-					b, err := s.AppendKeyUpdate(nil)
+					b, err := s.AppendKeyUpdate(nil, false)
 					if err != nil {
 						t.Error(err)
 					}
@@ -215,7 +215,7 @@ func TestSuitesAndKeyUpdates(t *testing.T) {
 					t.Fatalf("%s, generation %d, %d bytes: %v", tls.CipherSuiteName(id), i, n, err)
 				}
 			}
-			rec, err := a.AppendKeyUpdate(nil)
+			rec, err := a.AppendKeyUpdate(nil, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -234,14 +234,14 @@ func TestUpdateIsDue(t *testing.T) {
 	if a.UpdateDue() {
 		t.Error("due at the start")
 	}
-	asks := a.appendRecord(nil, typeHandshake, []byte{messageKeyUpdate, 0, 0, 1, 1})
-	if err := a.out.update(); err != nil {
+	asks, err := a.AppendKeyUpdate(nil, true)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.Open(asks); err != nil || !b.UpdateDue() {
 		t.Errorf("the peer asked, due %v, error %v", b.UpdateDue(), err)
 	}
-	answer, _ := b.AppendKeyUpdate(nil)
+	answer, _ := b.AppendKeyUpdate(nil, false)
 	if _, err := a.Open(answer); err != nil || a.UpdateDue() || b.UpdateDue() {
 		t.Errorf("after the answer: %v", err)
 	}

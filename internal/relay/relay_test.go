@@ -1,0 +1,145 @@
+package relay
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func tcpPair(t testing.TB) (a, b *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); d.Close() })
+	for _, c := range []net.Conn{c, d} {
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+	}
+	return c.(*net.TCPConn), d.(*net.TCPConn)
+}
+
+// joined is two applications with a relay between them.
+func joined(t testing.TB) (left, right *net.TCPConn, h *Handle, res chan Result) {
+	left, a := tcpPair(t)
+	b, right := tcpPair(t)
+	a.SetDeadline(time.Time{})
+	b.SetDeadline(time.Time{})
+	res = make(chan Result, 2)
+	return left, right, Splice(a, b, func(r Result) { res <- r }), res
+}
+
+func result(t *testing.T, res chan Result) Result {
+	t.Helper()
+	select {
+	case r := <-res:
+		return r
+	case <-time.After(10 * time.Second):
+		t.Fatal("the relay does not end")
+	}
+	return Result{}
+}
+
+func TestBytesAndHalfClose(t *testing.T) {
+	left, right, _, res := joined(t)
+	up, down := make([]byte, 20<<20+1), make([]byte, 7<<20+3)
+	rand.Read(up)
+	rand.Read(down)
+	var wg sync.WaitGroup
+	wg.Go(func() { left.Write(up); left.CloseWrite() })
+	wg.Go(func() {
+		got, err := io.ReadAll(right)
+		if err != nil || !bytes.Equal(got, up) {
+			t.Errorf("right got %d bytes, %v", len(got), err)
+		}
+		right.Write(down) // after the left's half close
+		right.Close()
+	})
+	got, err := io.ReadAll(left)
+	if err != nil || !bytes.Equal(got, down) {
+		t.Errorf("left got %d bytes, %v", len(got), err)
+	}
+	wg.Wait()
+	if r := result(t, res); r != (Result{Sent: 20<<20 + 1, Received: 7<<20 + 3}) {
+		t.Errorf("result %+v", r)
+	}
+}
+
+func TestServerFirstAndLiveCounters(t *testing.T) {
+	left, right, h, _ := joined(t)
+	right.Write([]byte("hello"))
+	b := make([]byte, 5)
+	if _, err := io.ReadFull(left, b); err != nil || string(b) != "hello" {
+		t.Errorf("got %q, %v", b, err)
+	}
+	left.Write([]byte("hi"))
+	io.ReadFull(right, b[:2])
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if sent, received := h.Counters(); sent == 2 && received == 5 {
+			return
+		} else if time.Now().After(end) {
+			t.Fatalf("counters %d and %d", sent, received)
+		}
+	}
+}
+
+func TestResetIsPassedOn(t *testing.T) {
+	for name, which := range map[string]int{"left": 0, "right": 1} {
+		t.Run(name, func(t *testing.T) {
+			left, right, _, res := joined(t)
+			ends := []*net.TCPConn{left, right}
+			ends[which].Write([]byte("x"))
+			io.ReadFull(ends[1-which], make([]byte, 1))
+			ends[which].SetLinger(0)
+			ends[which].Close()
+			if _, err := ends[1-which].Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the other end sees %v", err)
+			}
+			if r := result(t, res); !errors.Is(r.Err, syscall.ECONNRESET) || !r.Reset {
+				t.Errorf("result %+v", r)
+			}
+		})
+	}
+}
+
+func TestAbort(t *testing.T) {
+	left, right, h, res := joined(t)
+	left.Write([]byte("abc"))
+	io.ReadFull(right, make([]byte, 3))
+	cause := errors.New("policy changed")
+	h.Abort(cause)
+	h.Abort(errors.New("again"))
+	for _, c := range []*net.TCPConn{left, right} {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("an end sees %v", err)
+		}
+	}
+	if r := result(t, res); r != (Result{Sent: 3, Err: cause, Reset: true}) {
+		t.Errorf("result %+v", r)
+	}
+}
+
+func BenchmarkSplice(b *testing.B) {
+	left, right, _, _ := joined(b)
+	buf := make([]byte, 128<<10)
+	go io.Copy(io.Discard, struct{ io.Reader }{right})
+	b.SetBytes(int64(len(buf)))
+	for b.Loop() {
+		left.Write(buf)
+	}
+}
