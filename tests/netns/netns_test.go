@@ -39,6 +39,8 @@ type fixture struct {
 	ctx                              context.Context
 	web, batch, near, legacy, v1, v2 *lab.Pod
 	orders                           *lab.Service
+	// cniBefore is what CNI files the nodes had before the mesh came.
+	cniBefore map[string]string
 }
 
 // newFixture makes a world whose namespace shop has the labels.
@@ -59,7 +61,7 @@ func newFixture(t *testing.T, labels map[string]string) *fixture {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	f := &fixture{World: w, t: t, ctx: ctx}
+	f := &fixture{World: w, t: t, ctx: ctx, cniBefore: map[string]string{}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(w.Logs())
@@ -69,6 +71,10 @@ func newFixture(t *testing.T, labels map[string]string) *fixture {
 		}
 		cancel()
 	})
+	for _, n := range w.Nodes {
+		f.cniBefore[n.Name], err = n.CNIFiles()
+		f.must(err)
+	}
 	f.must(w.StartMesh(ctx))
 	f.must(w.Namespace(shop, labels))
 	f.must(w.Namespace(outside, nil))

@@ -35,6 +35,15 @@ func TestRemovalLeavesNothing(t *testing.T) {
 	if pins := perPod(); len(pins) > 0 {
 		t.Errorf("left on the nodes' BPF file systems: %v", pins)
 	}
+	for _, n := range f.Nodes {
+		f.must(n.Uninstall(f.ctx))
+		if pins, err := n.Pins(); err != nil || len(pins) > 0 {
+			t.Errorf("left on %s after the uninstall: %v %v", n.Name, pins, err)
+		}
+		if after, err := n.CNIFiles(); err != nil || after != f.cniBefore[n.Name] {
+			t.Errorf("CNI files of %s after the uninstall:\n%s\nbefore:\n%s\n%v", n.Name, after, f.cniBefore[n.Name], err)
+		}
+	}
 	world := filepath.Base(f.Dir)
 	f.must(f.Close())
 	for _, path := range []string{f.Dir, "/sys/fs/cgroup/fairlead-lab-" + world, "/sys/fs/cgroup/unified/fairlead-lab-" + world} {

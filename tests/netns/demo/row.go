@@ -106,6 +106,7 @@ func (d *demo) add(scene string, from *lab.Pod, to string, o lab.Observation, wa
 	default:
 		r.must(o.Answer.OK(), "it must succeed: %s", o.Answer)
 	}
+	r.must(want.path != pathHBONE || o.Wire.Tunnel > 0, "nothing was in the tunnel")
 	if want.path == pathHBONE || want.path == pathNode {
 		r.must(r.source == short(from.Identity()), "the source must prove to be %s", short(from.Identity()))
 		r.must(want.deniedBy != "" || r.destination != "", "the destination must prove who it is")
@@ -116,18 +117,22 @@ func (d *demo) add(scene string, from *lab.Pod, to string, o lab.Observation, wa
 	d.rows = append(d.rows, r)
 }
 
-// pathOf tells the way a call took from what proxies logged and what was on the link.
+// pathOf tells the way a call took: what the proxies logged, the source's first, or what was on the link when no proxy
+// had to do with it.
 func pathOf(o lab.Observation) string {
-	switch out := o.Outbound; {
-	case out != nil && out.HBONE != "" && (o.Wire.Tunnel > 0 || o.Answer.Failed()):
-		return pathHBONE
-	case out != nil && out.HBONE == "" && out.DestinationIdentity != "" && o.Wire.Tunnel == 0:
-		return pathNode
-	case o.Wire.Clear > 0:
+	for _, c := range []*lab.Connection{o.Outbound, o.Inbound} {
+		if c != nil {
+			return paths[c.Path]
+		}
+	}
+	if o.Wire.Clear > 0 {
 		return pathPlain
 	}
 	return pathNone
 }
+
+// paths names the paths of access logs.
+var paths = map[string]string{"plain": pathPlain, "hbone": pathHBONE, "node": pathNode, "waypoint": pathWaypoint}
 
 // identities are those that the ends of the connection proved: the source's as the destination's proxy checked it, the
 // destination's as the source's proxy did.

@@ -14,8 +14,10 @@ import (
 
 // Connection is one line of a ztunnel's access log: what the proxy itself says of a connection.
 type Connection struct {
-	Node                string `json:"-"`
-	Direction           string `json:"direction"`
+	Node      string `json:"-"`
+	Direction string `json:"direction"`
+	// Path is plain, hbone, waypoint, or node (two pods of one node, without a tunnel).
+	Path                string `json:"path"`
 	Source              string `json:"src.addr"`
 	SourceIdentity      string `json:"src.identity"`
 	SourceWorkload      string `json:"src.workload"`
@@ -91,7 +93,7 @@ func (w *World) WaitConnections(ctx context.Context, since Position, enough func
 		}
 		select {
 		case <-ctx.Done():
-			return all, fmt.Errorf("the access logs do not tell: %w; they have %+v", ctx.Err(), all)
+			return all, fmt.Errorf("the access logs do not tell: %w; they have %d lines, the last: %+v", ctx.Err(), len(all), all[max(0, len(all)-3):])
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

@@ -127,9 +127,7 @@ func (w *World) Close() error {
 	w.closed = true
 	var errs []error
 	for _, p := range w.Pods() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		errs = append(errs, w.RemovePod(ctx, p))
-		cancel()
+		errs = append(errs, w.RemovePod(context.Background(), p))
 	}
 	errs = append(errs, w.stopMesh())
 	if w.Wire != nil {

@@ -2,7 +2,6 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -24,9 +23,6 @@ import (
 
 // istiodHost is the name under which the mesh's programs know the control plane.
 const istiodHost = "istiod.istio-system.svc"
-
-// meshPlugin is the CNI plugin's type, and so the name of its binary.
-const meshPlugin = "fairlead-cni"
 
 // rootNamespace is where the mesh's own programs live.
 const rootNamespace = "istio-system"
@@ -142,18 +138,68 @@ func (n *Node) ztunnelPod() string { return "ztunnel-" + n.Name }
 // StartAgent starts the node's cni-agent and waits until it is ready.
 func (n *Node) StartAgent(ctx context.Context) error {
 	w := n.world
-	if err := n.chain(); err != nil {
-		return fmt.Errorf("configure CNI: %w", err)
-	}
 	var err error
 	n.agent, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
 		name: "cni-agent." + n.Name, path: filepath.Join(w.opts.Bin, "cni-agent"), cgroup: filepath.Join(n.cgroup, "system"),
-		args: []string{"--config-dir=" + w.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup, "--host-netns=/proc/self/ns/net"},
+		args: n.agentFlags(),
 	})
 	if err != nil {
 		return err
 	}
-	return n.agent.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:8000"), "/healthz")
+	return n.agent.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:8000"), "/readyz")
+}
+
+func (n *Node) agentFlags() []string {
+	return []string{
+		"--config-dir=" + n.world.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup, "--host-netns=/proc/self/ns/net",
+		"--plugin=" + filepath.Join(n.world.opts.Bin, "cni-plugin"), "--cni-bin-dir=" + n.cniBin(), "--cni-conf-dir=" + n.cniConf(),
+	}
+}
+
+// Uninstall ends the node's ztunnel and agent and makes the node as it was before the agent came.
+func (n *Node) Uninstall(ctx context.Context) error {
+	if err := errors.Join(n.StopZtunnel(), n.agent.stop(stopPatience)); err != nil {
+		return err
+	}
+	p, err := n.thread.start(filepath.Join(n.world.Dir, "log"), command{
+		name: "uninstall." + n.Name, path: filepath.Join(n.world.opts.Bin, "cni-agent"), cgroup: filepath.Join(n.cgroup, "system"),
+		args: append([]string{"uninstall"}, n.agentFlags()...),
+	})
+	if err != nil {
+		return err
+	}
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.kill()
+	}
+	if !p.cmd.ProcessState.Success() {
+		return fmt.Errorf("cni-agent uninstall: %v; %s", p.cmd.ProcessState, p.tail())
+	}
+	return nil
+}
+
+// CNIFiles are the node's CNI configuration and the names of its plugins.
+func (n *Node) CNIFiles() (string, error) {
+	var b strings.Builder
+	for _, dir := range []string{n.cniConf(), n.cniBin()} {
+		files, err := os.ReadDir(dir)
+		if err != nil {
+			return "", err
+		}
+		for _, f := range files {
+			fmt.Fprintln(&b, f.Name())
+			if dir != n.cniConf() {
+				continue
+			}
+			text, err := os.ReadFile(filepath.Join(dir, f.Name()))
+			if err != nil {
+				return "", err
+			}
+			b.Write(text)
+		}
+	}
+	return b.String(), nil
 }
 
 // StartZtunnel starts the node's ztunnel and waits until it is ready.
@@ -257,44 +303,16 @@ func (n *Node) program(name string) (*program, error) {
 	return p, err
 }
 
-// Pins lists what is pinned on the node's BPF file system.
+// Pins lists what is pinned on the node's BPF file system, without the kernel's own files.
 func (n *Node) Pins() ([]string, error) {
 	var pins []string
 	err := n.thread.do(func() error {
 		return filepath.WalkDir("/sys/fs/bpf", func(path string, d fs.DirEntry, err error) error {
-			if err == nil && !d.IsDir() {
+			if err == nil && !d.IsDir() && filepath.Ext(path) != ".debug" {
 				pins = append(pins, path)
 			}
 			return err
 		})
 	})
 	return pins, err
-}
-
-// chain adds the mesh's plugin to the node's CNI configuration, at the end of the list.
-func (n *Node) chain() error {
-	file := filepath.Join(n.cniConf(), "10-lab.conflist")
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return err
-	}
-	var list map[string]any
-	if err := json.Unmarshal(text, &list); err != nil {
-		return err
-	}
-	plugins, ok := list["plugins"].([]any)
-	if !ok {
-		return fmt.Errorf("%s has no list of plugins", file)
-	}
-	if len(plugins) > 1 {
-		return nil
-	}
-	list["plugins"] = append(plugins, map[string]any{"type": meshPlugin, "excludeNamespaces": []string{rootNamespace}})
-	if text, err = json.MarshalIndent(list, "", "  "); err != nil {
-		return err
-	}
-	if err := os.Symlink(filepath.Join(n.world.opts.Bin, "cni-plugin"), filepath.Join(n.cniBin(), meshPlugin)); err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(text, '\n'), 0o644)
 }

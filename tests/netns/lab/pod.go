@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/google/uuid"
@@ -184,6 +185,9 @@ func (p *Pod) Check(ctx context.Context) error {
 	})
 }
 
+// delPatience bounds the runtime's CNI DEL.
+const delPatience = 10 * time.Second
+
 // RemovePod ends a pod's programs, calls CNI DEL and takes its namespace away.
 func (w *World) RemovePod(ctx context.Context, p *Pod) error {
 	w.mu.Lock()
@@ -193,6 +197,8 @@ func (w *World) RemovePod(ctx context.Context, p *Pod) error {
 	p.program.end()
 	errs = append(errs, p.waypoint.stop(stopPatience))
 	if p.thread != nil {
+		ctx, cancel := context.WithTimeout(ctx, delPatience)
+		defer cancel()
 		err := p.cni(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) error {
 			return c.DelNetworkList(ctx, list, rt)
 		})
