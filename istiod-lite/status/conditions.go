@@ -115,7 +115,7 @@ func applyKubernetes(current *[]metav1.Condition, own []string, want []Condition
 
 // applyRoute writes the parents that are this control plane's and leaves other controllers' alone.
 func applyRoute(s *gatewayv1.RouteStatus, want []Condition, now time.Time) bool {
-	var next []gatewayv1.RouteParentStatus
+	next := []gatewayv1.RouteParentStatus{} // the API wants a list, also an empty one
 	for _, p := range s.Parents {
 		if p.ControllerName != routeController {
 			next = append(next, p)
