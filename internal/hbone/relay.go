@@ -85,16 +85,20 @@ func readReady(raw syscall.RawConn, buffers *sync.Pool) (buf *[]byte, n int, err
 			b = new([]byte)
 			*b = make([]byte, appRead)
 		}
-		k, errno := loop.Read(int(fd), *b)
-		if errno == 0 && k > 0 {
-			buf, n = b, k
-			return true
+		for {
+			k, errno := loop.Read(int(fd), *b)
+			switch {
+			case errno == syscall.EINTR:
+				continue
+			case errno == 0 && k > 0:
+				buf, n = b, k
+				return true
+			case errno != 0 && errno != syscall.EAGAIN:
+				err = errno
+			}
+			buffers.Put(b)
+			return errno != syscall.EAGAIN
 		}
-		buffers.Put(b)
-		if errno != 0 && errno != syscall.EAGAIN && errno != syscall.EINTR {
-			err = errno
-		}
-		return errno != syscall.EAGAIN && errno != syscall.EINTR
 	})
 	if waitErr != nil {
 		return nil, 0, waitErr
@@ -144,7 +148,7 @@ func (s *Stream) took(n int) {
 	s.received.Add(int64(n))
 	s.mu.Lock()
 	s.credit += n
-	tell := s.credit >= streamWindow/8
+	tell := s.credit >= creditRest
 	s.mu.Unlock()
 	if tell {
 		s.t.poke(s)

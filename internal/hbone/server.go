@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -49,10 +50,11 @@ type Server struct {
 
 // served is one tunnel of a server.
 type served struct {
-	s    *Server
-	t    tunnel
-	gone bool // guarded by Server.mu
-	stop func() bool
+	s        *Server
+	t        tunnel
+	gone     bool         // guarded by Server.mu
+	handlers atomic.Int64 // that run now
+	stop     func() bool
 }
 
 // NewServer makes a server; Serve or ServeConn starts it.
@@ -140,8 +142,15 @@ func (s *Server) tlsConfig() *tls.Config {
 	}
 }
 
+// incoming runs Handle. A peer that resets streams faster than their handlers notice is refused beyond twice its limit.
 func (sv *served) incoming(in *Incoming) {
+	if sv.handlers.Add(1) > 2*int64(sv.s.cfg.MaxStreams) {
+		sv.handlers.Add(-1)
+		go in.Reject(503, "too many streams") // not at once: the driver is in the middle of its input
+		return
+	}
 	go func() {
+		defer sv.handlers.Add(-1)
 		defer in.finish()
 		sv.s.cfg.Handle(in)
 	}()

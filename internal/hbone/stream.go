@@ -17,6 +17,10 @@ import (
 // sendBuffer is how much Write keeps ahead of the tunnel, in bytes.
 const sendBuffer = 64 << 10
 
+// creditRest is how many bytes that were read the driver need not be told of, until the next poke: few enough that a
+// thousand such streams do not use up the connection's window.
+const creditRest = 4 << 10
+
 // Stream is one CONNECT stream, on either side: a net.Conn with half close and reset. It is used in one of two ways:
 // Read and Write (any goroutine), or one call of Relay, after which Read and Write must not be called. Close, Abort,
 // Reset and Counters may be called at any time from any goroutine.
@@ -89,8 +93,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 	}
 	if n > 0 || len(p) == 0 {
 		s.credit += n
-		// The driver is told at once only when the window gets short; small rests ride along with the next poke.
-		tell := s.credit >= streamWindow/8
+		tell := s.credit >= creditRest
 		s.mu.Unlock()
 		s.received.Add(int64(n))
 		if tell {

@@ -35,18 +35,23 @@ type pair struct {
 
 func newPair(t testing.TB, client, server Driver, pc PoolConfig, handle func(*Incoming)) *pair {
 	t.Helper()
+	return newPairOf(t, client, server, pc, ServerConfig{Handle: handle})
+}
+
+func newPairOf(t testing.TB, client, server Driver, pc PoolConfig, sc ServerConfig) *pair {
+	t.Helper()
 	ccfg, scfg := identity(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if handle == nil {
-		handle = echoHandler
+	if sc.Handle == nil {
+		sc.Handle = echoHandler
 	}
-	pc.Driver = client
+	pc.Driver, sc.Driver = client, server
+	sc.TLS = func(context.Context, *tls.ClientHelloInfo) (*tls.Config, error) { return scfg, nil }
 	p := &pair{pool: NewPool(pc), addr: ln.Addr().String(), key: dialKey(ln.Addr())}
-	p.server = NewServer(ServerConfig{Driver: server, Handle: handle,
-		TLS: func(context.Context, *tls.ClientHelloInfo) (*tls.Config, error) { return scfg, nil }})
+	p.server = NewServer(sc)
 	p.dial = func(ctx context.Context) (net.Conn, *tls.Config, error) {
 		p.mu.Lock()
 		p.dials++
@@ -280,6 +285,29 @@ func TestStreamIsANetConn(t *testing.T) {
 			o := <-other
 			return s, o, func() { s.Close(); o.Close(); p.pool.Close(); p.server.Close() }, nil
 		})
+	})
+}
+
+// TestManyStreamsOfRests reads on each of many streams less than makes the driver tell the peer at once: all of it
+// together must not use up the connection's window.
+func TestManyStreamsOfRests(t *testing.T) {
+	drivers(t, func(t *testing.T, client, server Driver) {
+		p := newPair(t, client, server, PoolConfig{MaxStreamsPerTunnel: 300}, nil)
+		var open []*Stream
+		for range 120 {
+			s, err := p.open(t.Context(), Request{Authority: "a:1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			open = append(open, s)
+			s.SetDeadline(time.Now().Add(20 * time.Second))
+			want := pattern(1, 300<<10)
+			go s.Write(want)
+			got := make([]byte, len(want))
+			if _, err := io.ReadFull(s, got); err != nil || string(got) != string(want) {
+				t.Fatalf("stream %d: %v", len(open), err)
+			}
+		}
 	})
 }
 
