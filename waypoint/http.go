@@ -98,6 +98,8 @@ func (p *Proxy) serveHTTP(c *serverConn) {
 	case p.handOver.conns <- c:
 	case <-p.handOver.done.Done():
 		c.Abort(http.ErrServerClosed)
+	case <-p.handOver.closed:
+		c.Abort(http.ErrServerClosed)
 	}
 }
 

@@ -98,7 +98,7 @@ func newProxy(ctx context.Context, cfg Config, certificates identity.Certificate
 		forwarder: newForwarder(cfg, certificates, pool),
 		metrics:   newMetrics(registry),
 		tcp:       tcpConnections{live: map[*tcpConnection]struct{}{}},
-		handOver:  &handOver{conns: make(chan net.Conn), done: ctx, addr: &net.TCPAddr{Port: 15008}},
+		handOver:  newHandOver(ctx),
 	}
 	p.resources = newResources(p.tcp.recheck)
 	p.http = p.newHTTPServer()

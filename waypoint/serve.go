@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -240,9 +241,15 @@ func httpPrefix(b []byte) (is, known bool) {
 
 // handOver is a listener whose connections are put in by Serve's caller.
 type handOver struct {
-	conns chan net.Conn
-	done  context.Context
-	addr  net.Addr
+	conns  chan net.Conn
+	done   context.Context
+	closed chan struct{}
+	close  sync.Once
+	addr   net.Addr
+}
+
+func newHandOver(done context.Context) *handOver {
+	return &handOver{conns: make(chan net.Conn), done: done, closed: make(chan struct{}), addr: &net.TCPAddr{Port: 15008}}
 }
 
 func (h *handOver) Accept() (net.Conn, error) {
@@ -250,9 +257,15 @@ func (h *handOver) Accept() (net.Conn, error) {
 	case c := <-h.conns:
 		return c, nil
 	case <-h.done.Done():
-		return nil, net.ErrClosed
+	case <-h.closed:
 	}
+	return nil, net.ErrClosed
 }
 
-func (h *handOver) Close() error   { return nil }
+// Close ends Accept, which http.Server.Shutdown waits for.
+func (h *handOver) Close() error {
+	h.close.Do(func() { close(h.closed) })
+	return nil
+}
+
 func (h *handOver) Addr() net.Addr { return h.addr }
