@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // DefaultDir is where programs, links and maps are pinned unless told otherwise.
@@ -133,6 +134,22 @@ func ensureCgroupLink(pin, cgroup string, attach ebpf.AttachType, program *ebpf.
 	return made.Pin(pin)
 }
 
+// detach ends a pinned link at once. It is no error when there is none, or what it is attached to is gone.
+func detach(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned link: %w", err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return err
+	}
+	return l.Unpin()
+}
+
 // Close releases this process's handles. Programs stay attached.
 func (n *Node) Close() error {
 	return n.maps.Close()
@@ -228,6 +245,19 @@ func (n *Node) ensureWorkloads() error {
 func Remove(dir string) error {
 	if !isBPFFS(dir) {
 		return nil
+	}
+	links, err := filepath.Glob(filepath.Join(dir, "links", "*"))
+	if err != nil {
+		return err
+	}
+	lookups, err := filepath.Glob(filepath.Join(dir, "pods", "*", lookupPin))
+	if err != nil {
+		return err
+	}
+	for _, pin := range append(links, lookups...) {
+		if err := detach(pin); err != nil {
+			return fmt.Errorf("detach %s: %w", pin, err)
+		}
 	}
 	for _, name := range []string{"links", "pods", "maps"} {
 		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {

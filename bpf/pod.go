@@ -162,13 +162,16 @@ func (n *Node) RemovePod(cookie uint64) error {
 	if err := n.maps.Pods.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
 	}
+	// Unpinned alone, the program would go on for a moment, and refuse what finds no listener.
+	if err := detach(n.podPath(cookie, lookupPin)); err != nil {
+		errs = append(errs, fmt.Errorf("detach the pod's program: %w", err))
+	}
 	for slot := range slots {
 		if err := n.maps.Listeners.Delete(slot.key(cookie)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			errs = append(errs, fmt.Errorf("remove a listener of the pod: %w", err))
 		}
 	}
 	errs = append(errs, n.ensurePodAddrs(cookie, nil))
-	// Unpinning the link, which nobody holds open, detaches it.
 	if err := os.RemoveAll(n.podPath(cookie)); err != nil {
 		errs = append(errs, fmt.Errorf("unpin the pod's program: %w", err))
 	}

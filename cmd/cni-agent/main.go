@@ -22,7 +22,6 @@ import (
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/cni/agent"
 	"github.com/fairlead-mesh/fairlead/cni/install"
-	"github.com/fairlead-mesh/fairlead/cni/plugin"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
 
@@ -62,7 +61,7 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&cfg.NodeName, "node-name", os.Getenv("NODE_NAME"), "the node whose pods are this agent's")
 	flags.StringVar(&cfg.ConfigDir, "config-dir", "", "a directory of Kubernetes YAML, in place of an API server")
 	flags.StringVar(&cfg.Kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "Kubernetes client configuration; empty: that of the pod")
-	flags.StringVar(&cfg.EventSocket, "cni-event-socket", plugin.DefaultEventSocket, "Unix socket for the CNI plugin")
+	flags.StringVar(&cfg.EventSocket, "cni-event-socket", agent.DefaultEventSocket, "Unix socket for the CNI plugin")
 	flags.StringVar(&cfg.ZDSSocket, "zds-socket", zds.DefaultSocket, "Unix socket for the node proxy")
 	flags.StringVar(&cfg.RunDir, "run-dir", "/var/run/istio-cni", "where the agent keeps what it must know after a restart")
 	flags.StringVar(&cfg.BPFFS, "bpffs", bpf.DefaultDir, "directory to pin redirection in; a BPF file system is mounted if it is on none")

@@ -24,13 +24,17 @@ import (
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
 
-// Config is the agent's configuration; ParseFlags gives its defaults.
+// DefaultEventSocket is where the CNI plugin looks for the agent.
+const DefaultEventSocket = plugin.DefaultEventSocket
+
+// Config is the agent's configuration; the flags of cmd/cni-agent give its defaults.
 type Config struct {
 	// NodeName is the node whose pods are the agent's.
 	NodeName string

@@ -1,13 +1,8 @@
 package redirect_test
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -22,38 +17,6 @@ import (
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
-
-func TestMain(m *testing.M) {
-	if a := os.Getenv("FAIRLEAD_TEST_CONNECT"); a != "" {
-		application(a)
-		return
-	}
-	os.Exit(m.Run())
-}
-
-// application is the process that lab.connect starts: it makes one connection from the namespace in descriptor 3.
-func application(arguments string) {
-	var a attempt
-	var o outcome
-	if err := json.Unmarshal([]byte(arguments), &a); err != nil {
-		panic(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	start := time.Now()
-	opts := netns.DialOptions{Source: a.Source, Mark: a.Mark, Device: a.Device}
-	conn, err := netns.Dial(ctx, os.NewFile(3, "netns"), opts, a.Dst)
-	o.Took = time.Since(start)
-	if err != nil {
-		o.Error = err.Error()
-		errors.As(err, &o.Errno)
-	} else {
-		o.Local, o.Remote = addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
-	}
-	if err := json.NewEncoder(os.Stdout).Encode(o); err != nil {
-		panic(err)
-	}
-}
 
 // family is one row of the table that every datapath test runs over.
 type family struct {
@@ -427,75 +390,6 @@ func TestRefusesTheHostItself(t *testing.T) {
 	}
 	if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
 		t.Errorf("pods: %v, %v", pods, err)
-	}
-}
-
-// netnsState describes all that redirection may change in a namespace.
-func netnsState(t *testing.T, ns *os.File) string {
-	t.Helper()
-	var state strings.Builder
-	err := netns.Do(ns, func() error {
-		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-			rules, err := netlink.RuleList(family)
-			if err != nil {
-				return err
-			}
-			for _, r := range rules {
-				fmt.Fprintf(&state, "%d rule %v mark %#x\n", family, r, r.Mark)
-			}
-			routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: redirect.Table}, netlink.RT_FILTER_TABLE)
-			if err != nil {
-				return err
-			}
-			for _, r := range routes {
-				fmt.Fprintf(&state, "%d route %v\n", family, r)
-			}
-			addrs, err := netlink.AddrList(nil, family)
-			if err != nil {
-				return err
-			}
-			for _, a := range addrs {
-				fmt.Fprintf(&state, "%d address %v\n", family, a.IPNet)
-			}
-		}
-		for _, s := range []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"} {
-			value, err := os.ReadFile("/proc/sys/net/" + s)
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(&state, "%s=%s", s, value)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return state.String()
-}
-
-// soon is a context for what should take no time.
-func soon(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-func exchange(t *testing.T, a, b net.Conn) {
-	t.Helper()
-	if _, err := a.Write([]byte("over")); err != nil {
-		t.Fatal(err)
-	}
-	buf := make([]byte, 4)
-	b.SetReadDeadline(time.Now().Add(3 * time.Second))
-	if _, err := io.ReadFull(b, buf); err != nil || string(buf) != "over" {
-		t.Fatalf("read %q: %v", buf, err)
-	}
-}
-
-func writeFile(t testing.TB, path, content string) {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(content), 0); err != nil {
-		t.Error(err)
 	}
 }
 
