@@ -122,7 +122,11 @@ func (p *Pool) Open(ctx context.Context, key Key, dial Dialer, req Request) (*St
 func (p *Pool) openOn(ctx context.Context, t *pooled, req *Request) (*Stream, error) {
 	s := t.t.newStream()
 	s.onEnd = t.release
+	s.early = req.Early
 	t.t.connect(s, req)
+	if s.early {
+		return s, nil
+	}
 	stop := context.AfterFunc(ctx, func() { s.Abort(ctx.Err()) })
 	defer stop()
 	status, err := s.awaitAnswer()

@@ -354,6 +354,11 @@ func (t *loopTunnel) act(ev *machine.Event) {
 		}
 		t.tc.events.incoming(newIncoming(s, t, ev))
 	case machine.Answer:
+		if err := s.refusal(ev.Status, ev.Header); err != nil {
+			ev.Stream.Reset(machine.CodeCancel)
+			t.endStream(s, err)
+			return
+		}
 		s.answered(ev.Status, ev.Header)
 		if ev.End {
 			s.deliver(nil, true)

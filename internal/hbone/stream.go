@@ -48,6 +48,7 @@ type Stream struct {
 	rdl, wdl deadline
 	over     bool
 	onEnd    func()
+	early    bool // DATA may go before the answer; set before the CONNECT
 
 	ms      *machine.Stream // owned by the driver
 	queued  bool            // owned by the driver: on its list of streams to pump
@@ -226,8 +227,12 @@ func (s *Stream) Counters() (sent, received int64) { return s.sent.Load(), s.rec
 // ConnectionState is the tunnel's TLS state: the peer's certificates, suite and curve. It must not be changed.
 func (s *Stream) ConnectionState() *tls.ConnectionState { return s.conn.tls }
 
-// ResponseHeader is the header of the peer's 2xx answer (client side), without :status.
-func (s *Stream) ResponseHeader() []hpack.HeaderField { return s.header }
+// ResponseHeader is the header of the peer's 2xx answer (client side), without :status; nil while it has not come.
+func (s *Stream) ResponseHeader() []hpack.HeaderField {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.header
+}
 
 // LocalAddr is this side's address of the tunnel's TCP connection.
 func (s *Stream) LocalAddr() net.Addr { return s.conn.local }
