@@ -36,8 +36,7 @@ func application(arguments string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	start := time.Now()
-	opts := netns.DialOptions{Source: a.Source, Mark: a.Mark, Device: a.Device}
-	conn, err := netns.Dial(ctx, os.NewFile(3, "netns"), opts, a.Dst)
+	conn, err := dial(ctx, os.NewFile(3, "netns"), a)
 	o.Took = time.Since(start)
 	if err != nil {
 		o.Error = err.Error()
@@ -48,6 +47,20 @@ func application(arguments string) {
 	if err := json.NewEncoder(os.Stdout).Encode(o); err != nil {
 		panic(err)
 	}
+}
+
+func dial(ctx context.Context, ns *os.File, a attempt) (conn net.Conn, err error) {
+	if !a.Dialer {
+		opts := netns.DialOptions{Source: a.Source, Mark: a.Mark, Device: a.Device}
+		return netns.Dial(ctx, ns, opts, a.Dst)
+	}
+	var dialer net.Dialer
+	dialer.SetMultipathTCP(a.Multipath)
+	err = netns.Do(ns, func() error {
+		conn, err = dialer.DialContext(ctx, "tcp", a.Dst.String())
+		return err
+	})
+	return conn, err
 }
 
 // netnsState describes all that redirection may change in a namespace.

@@ -289,6 +289,10 @@ type attempt struct {
 	Mark   uint32
 	Device string
 	Source netip.AddrPort
+	// Dialer makes the connection as Go programs do; it is the one that knows Zones, Multipath TCP and mapped addresses.
+	Dialer bool
+	// Multipath asks for Multipath TCP.
+	Multipath bool
 }
 
 // outcome is what the application saw.

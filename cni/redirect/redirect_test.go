@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
@@ -52,9 +53,17 @@ func TestOutbound(t *testing.T) {
 			if a := next(t, taken); a.by != "server" || a.remote.Addr() != f.pod {
 				t.Fatalf("before: %s took the connection from %v", a.by, a.remote)
 			}
+			open, err := netns.Dial(soon(t), l.pod, netns.DialOptions{}, dst)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer open.Close()
+			openAtServer := next(t, taken)
 
 			l.ensure(t, pod4, pod6)
 			l.proxy(t, taken)
+			exchange(t, open, openAtServer.conn)
+			exchange(t, openAtServer.conn, open)
 			for _, tc := range []struct {
 				name string
 				attempt
@@ -66,6 +75,8 @@ func TestOutbound(t *testing.T) {
 				{"with the proxy's mark", attempt{Dst: dst, Mark: netns.ProxyMark}},
 				{"with some mark", attempt{Dst: dst, Mark: 7}},
 				{"the host", attempt{Dst: f.at(f.host, 80)}},
+				{"as Go does", attempt{Dst: dst, Dialer: true}},
+				{"Multipath TCP", attempt{Dst: dst, Dialer: true, Multipath: true}},
 			} {
 				t.Run(tc.name, func(t *testing.T) {
 					o := l.app(t, tc.attempt)
@@ -86,6 +97,62 @@ func TestOutbound(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An IPv6 address of the link can only be reached by naming the interface, which no route to the proxy does: refused
+// outwards, taken by the proxy inwards.
+func TestLinkLocalAddressesAreNoWayRound(t *testing.T) {
+	l := newLab(t)
+	taken := make(chan accepted, 16)
+	listen(t, "server", l.host, netip.MustParseAddrPort("[::]:80"), taken)
+	listen(t, "app", l.pod, netip.MustParseAddrPort("[::]:8080"), taken)
+	outwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.host, "pod").WithZone("eth0"), 80), Dialer: true}
+	inwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.pod, "eth0").WithZone("pod"), 8080), Dialer: true}
+	reached := func(o outcome) string {
+		t.Helper()
+		if o.Error != "" {
+			return o.Errno.Error()
+		}
+		return next(t, taken).by
+	}
+	inside := func() string { t.Helper(); return reached(l.app(t, outwards)) }
+	outside := func() string { t.Helper(); return reached(l.connect(t, "client", "app", l.host, inwards)) }
+	if in, out := outside(), inside(); in != "app" || out != "server" {
+		t.Fatalf("before: inwards %s, outwards %s", in, out)
+	}
+	l.ensure(t, pod4, pod6)
+	l.proxy(t, taken)
+	if in, out := outside(), inside(); in != "plaintext" || out != syscall.ENETUNREACH.Error() {
+		t.Errorf("inwards %s, outwards %s", in, out)
+	}
+}
+
+// linkLocal waits for the interface's link-local address to be settled.
+func linkLocal(t *testing.T, ns *os.File, device string) (found netip.Addr) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		err := netns.Do(ns, func() error {
+			link, err := netlink.LinkByName(device)
+			if err != nil {
+				return err
+			}
+			addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+			for _, a := range addrs {
+				if a.IP.IsLinkLocalUnicast() && a.Flags&unix.IFA_F_TENTATIVE == 0 {
+					found, _ = netip.AddrFromSlice(a.IP)
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if found.IsValid() {
+			return found
+		}
+	}
+	t.Fatalf("%s has no link-local address", device)
+	return found
 }
 
 func TestLeftAlone(t *testing.T) {
