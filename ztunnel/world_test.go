@@ -45,6 +45,7 @@ type world struct {
 	bpffs      string
 	xds        *xds.Server
 	control    string // address of the control plane
+	server     *grpc.Server
 	authority  *identity.SelfSigned
 }
 
@@ -249,7 +250,7 @@ func (w *world) serveControlPlane() {
 	}))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	w.must(err)
-	w.control = "http://" + l.Addr().String()
+	w.control, w.server = "http://"+l.Addr().String(), server
 	go server.Serve(l)
 	w.t.Cleanup(server.Stop)
 }
