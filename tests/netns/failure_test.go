@@ -30,8 +30,8 @@ func TestZtunnelKilled(t *testing.T) {
 	}
 	time.Sleep(300 * time.Millisecond)
 
-	f.Nodes[0].KillZtunnel()
 	killed := time.Now()
+	f.Nodes[0].KillZtunnel()
 	if a := f.call(f.web, tcp(f.v1)); !a.Last().Refused || a.Last().Took > 100*time.Millisecond {
 		t.Errorf("without a proxy: %s after %v, want it refused at once", a, a.Last().Took)
 	}

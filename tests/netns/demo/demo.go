@@ -16,6 +16,7 @@ type demo struct {
 	rows     []row
 
 	web, batch, cart, legacy, v1, v2 *lab.Pod
+	gate                             *lab.Pod // the waypoint
 	orders                           *lab.Service
 }
 
@@ -201,7 +202,8 @@ func (d *demo) waypoint(ctx context.Context) error {
 	if err := d.w.Apply("orders-route", splitRoute); err != nil {
 		return err
 	}
-	if _, err := d.w.Waypoint(ctx, shop, "waypoint", 0); err != nil {
+	var err error
+	if d.gate, err = d.w.Waypoint(ctx, shop, "waypoint", 0); err != nil {
 		return err
 	}
 	labels := map[string]string{"istio.io/use-waypoint": "waypoint"}

@@ -22,9 +22,14 @@ func (d *demo) callWaypoint(ctx context.Context, method string, count int) error
 		scene: "waypoint", from: d.web.Name, to: fmt.Sprintf("service orders, %d× %s", count, method), path: pathOf(o),
 		clear: o.Wire.Clear, tunnel: o.Wire.Tunnel,
 	}
-	if o.Outbound != nil {
-		r.source, r.destination = short(o.Outbound.SourceIdentity), short(o.Outbound.DestinationIdentity)
+	if r.source, err = d.gate.WaypointSaw(); err != nil {
+		return err
 	}
+	r.source = short(r.source)
+	if o.Outbound != nil {
+		r.destination = short(o.Outbound.DestinationIdentity)
+	}
+	r.must(r.source == short(d.web.Identity()), "the waypoint must see the client's identity")
 	r.must(r.path == pathWaypoint, "the path must be %s", pathWaypoint)
 	r.must(r.destination == short(waypoint), "the waypoint must prove who it is")
 	r.must(o.Wire.Clear == 0 && o.Wire.Markers == 0, "%d bytes are readable on the link", o.Wire.Clear)

@@ -21,6 +21,9 @@ type Observation struct {
 // connection. Nothing else may go on in the world meanwhile.
 func (w *World) Observe(ctx context.Context, p *Pod, c Call, lines int) (Observation, error) {
 	var o Observation
+	if err := w.quiet(ctx); err != nil {
+		return o, err
+	}
 	since := w.Position()
 	before, err := w.Wire.Total()
 	if err != nil {
@@ -33,22 +36,40 @@ func (w *World) Observe(ctx context.Context, p *Pod, c Call, lines int) (Observa
 		return o, err
 	}
 	_, err = w.WaitConnections(ctx, since, func(all []Connection) bool {
-		o.Outbound, o.Inbound = nil, nil
-		n := 0
-		for _, c := range all {
-			switch {
-			case c.Direction == "outbound" && c.Source == o.Answer.Last().Local:
-				o.Outbound = &c
-			case c.Direction == "inbound":
-				o.Inbound = &c
-			default:
-				continue
-			}
-			n++
-		}
-		return n >= lines
+		return o.take(all) >= lines
 	})
 	return o, err
+}
+
+// take finds the lines of the last exchange, and tells how many there are.
+func (o *Observation) take(all []Connection) int {
+	o.Outbound, o.Inbound = nil, nil
+	local := o.Answer.Last().Local
+	for _, c := range all {
+		switch {
+		case c.Direction == "outbound" && c.Source == local:
+			o.Outbound = &c
+		case c.Direction != "inbound":
+		// Through a tunnel, the source's port is the tunnel's; otherwise the connection's own.
+		case c.Source == local || c.Path == "hbone" && host(c.Source) == host(local):
+			o.Inbound = &c
+		}
+	}
+	n := 0
+	for _, c := range []*Connection{o.Outbound, o.Inbound} {
+		if c != nil {
+			n++
+		}
+	}
+	return n
+}
+
+func host(addr string) string {
+	a, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return ""
+	}
+	return a.Addr().String()
 }
 
 // Until makes a pod try a call again and again until what comes of it is as wanted, and tells how long that took. A
@@ -63,8 +84,7 @@ func (w *World) Until(ctx context.Context, p *Pod, c Call, wanted func(Answer) b
 			return 0, err
 		}
 		if wanted(a) {
-			took := time.Since(start)
-			return took, w.quiet(ctx)
+			return time.Since(start), nil
 		}
 		select {
 		case <-ctx.Done():
@@ -81,9 +101,9 @@ func (e *TimeoutError) Error() string {
 	return "not as wanted in time; the last answer: " + e.Last.String()
 }
 
-// quiet waits until the ztunnels have written the lines of connections that are over, which they do several at a time.
+// quiet waits until the ztunnels have written the lines of earlier connections, which they do several at a time.
 func (w *World) quiet(ctx context.Context) error {
-	const flush = 150 * time.Millisecond
+	const flush = 200 * time.Millisecond
 	select {
 	case <-ctx.Done():
 		return ctx.Err()

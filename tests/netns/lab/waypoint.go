@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -70,13 +71,17 @@ func (p *Pod) startWaypoint(ctx context.Context) error {
 
 func waypointLog(p *Pod) string { return "waypoint." + p.Namespace + "." + p.Name }
 
-// WaypointLines are the lines of a waypoint's log from an offset on, and the offset after them.
-func (p *Pod) WaypointLines(offset int64) ([]string, int64, error) {
-	var lines []string
-	next := offset
-	err := eachLine(p.node.world.logFile(waypointLog(p)), offset, func(line []byte) {
-		lines = append(lines, string(line))
-		next += int64(len(line)) + 1
+// WaypointSaw is the identity that the client of a waypoint's last request proved, as the waypoint's access log has it;
+// empty when there was no request.
+func (p *Pod) WaypointSaw() (string, error) {
+	identity := ""
+	err := eachLine(p.node.world.logFile(waypointLog(p)), 0, func(text []byte) {
+		var line struct {
+			Identity string `json:"src.identity"`
+		}
+		if json.Unmarshal(text, &line) == nil && line.Identity != "" {
+			identity = line.Identity
+		}
 	})
-	return lines, next, err
+	return identity, err
 }
