@@ -187,22 +187,47 @@ func (n *Node) Pods() ([]Pod, error) {
 	var value connectPod
 	entries := n.maps.Pods.Iterate()
 	for entries.Next(&cookie, &value) {
-		l, err := link.LoadPinnedLink(n.podPath(cookie, lookupPin), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
+		captured, err := n.captured(cookie)
 		if err != nil {
-			return nil, fmt.Errorf("open pinned link: %w", err)
+			return nil, err
 		}
-		if attached(l) {
+		if captured {
 			pods = append(pods, decodePod(cookie, value))
 		}
-		l.Close()
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("list pods: %w", err)
 	}
 	return pods, nil
+}
+
+// Pod looks up one pod that the kernel redirects; ok is false when it does not.
+func (n *Node) Pod(cookie uint64) (pod Pod, ok bool, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var value connectPod
+	if err := n.maps.Pods.Lookup(cookie, &value); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return Pod{}, false, nil
+	} else if err != nil {
+		return Pod{}, false, fmt.Errorf("look up the pod: %w", err)
+	}
+	if ok, err = n.captured(cookie); !ok || err != nil {
+		return Pod{}, false, err
+	}
+	return decodePod(cookie, value), true, nil
+}
+
+// captured tells whether the lookup program is attached to the pod's network namespace.
+func (n *Node) captured(cookie uint64) (bool, error) {
+	l, err := link.LoadPinnedLink(n.podPath(cookie, lookupPin), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open pinned link: %w", err)
+	}
+	defer l.Close()
+	return attached(l), nil
 }
 
 // Prune removes every trace of pods that keep says no to, also what was left half made.

@@ -2,12 +2,15 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -254,5 +257,36 @@ func TestHostileEvents(t *testing.T) {
 	info, err := os.Stat(n.cfg.EventSocket)
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the socket's mode: %v, %v", info, err)
+	}
+}
+
+func TestManyPodsStartAtOnce(t *testing.T) {
+	n := newNode(t)
+	proxy, _ := n.proxy()
+	var pods []*pod
+	for i := range byte(100) {
+		p := n.pod(fmt.Sprintf("web-%d", i), i+1, ambient)
+		n.object(p, ambient, false)
+		pods = append(pods, p)
+	}
+	took := make([]time.Duration, len(pods))
+	var group sync.WaitGroup
+	for i, p := range pods {
+		group.Go(func() {
+			start := time.Now()
+			if answer, err := n.call(http.MethodPost, plugin.AddPath, p.event()); err != nil || !answer.Redirected {
+				t.Errorf("%s: %+v, %v", p.name, answer, err)
+			}
+			took[i] = time.Since(start)
+		})
+	}
+	group.Wait()
+	slices.Sort(took)
+	t.Logf("from the request to the proxy's word: median %v, slowest %v", took[len(took)/2], took[len(took)-1])
+	for _, p := range pods {
+		n.expect(p, "proxy")
+		if _, ok := proxy.workload(p.uid); !ok {
+			t.Errorf("the proxy was not told of %s", p.name)
+		}
 	}
 }

@@ -130,16 +130,9 @@ func (r *Redirector) Holds(pod Pod) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	pods, err := r.node.Pods()
-	if err != nil {
+	known, ok, err := r.node.Pod(cookie)
+	if err != nil || !ok || known.UID != pod.UID {
 		return false, err
-	}
-	known := false
-	for _, p := range pods {
-		known = known || p.Cookie == cookie && p.UID == pod.UID
-	}
-	if !known {
-		return false, nil
 	}
 	var rules bool
 	err = netns.Do(pod.Netns, func() error {
