@@ -16,6 +16,9 @@ import (
 	"github.com/fairlead-mesh/fairlead/ztunnel"
 )
 
+// version is set by the build (-ldflags -X main.version=…).
+var version = "dev"
+
 func main() {
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "ztunnel:", err)
@@ -39,6 +42,7 @@ func run() error {
 	access, stop := accesslog.Open(os.Stdout, level, zapcore.NewJSONEncoder(format))
 	defer stop()
 
+	process.Info("starting", zap.String("version", version), zap.String("node", cfg.NodeName))
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer cancel()
 	return ztunnel.Run(ctx, cfg, ztunnel.Log{Process: process, Level: level, Access: access})

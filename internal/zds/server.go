@@ -17,8 +17,11 @@ import (
 	"github.com/fairlead-mesh/fairlead/api/zds"
 )
 
-// Server is the agent's end: it holds the pods of the node and tells every connected proxy of them. Two proxies may be
-// connected at once, during an upgrade; the one that connected last counts.
+// Server is the agent's end: it holds the pods of the node and tells the connected proxy of them.
+//
+// Two proxies may be connected at once, during an upgrade. The one that connected last counts: it alone is told of pods
+// that come, because whoever is told takes the pod's connections over. When it goes and the other stays, that one is told
+// of all pods again, and so takes them back.
 type Server struct {
 	log *zap.Logger
 
@@ -81,7 +84,7 @@ func (s *Server) Keep(uid string) {
 	}
 }
 
-// Add puts a pod in the set and tells every connected proxy. It returns nil once the proxy that connected last has
+// Add puts a pod in the set and tells the proxy that counts. It returns nil once the proxy that connected last has
 // accepted the pod and the proxy's error when it refused; with no proxy connected it waits for one until ctx ends. The
 // pod stays in the set whatever Add returns, until Delete. w.Netns stays the caller's: the server holds a duplicate.
 func (s *Server) Add(ctx context.Context, w Workload) error {
@@ -96,7 +99,7 @@ func (s *Server) Add(ctx context.Context, w Workload) error {
 		old.w.Netns.Close()
 	}
 	s.pods[w.UID] = added
-	for _, p := range s.peers {
+	if p := s.newest(); p != nil {
 		p.push(step{add: added})
 	}
 	s.signal()
@@ -109,11 +112,8 @@ func (s *Server) await(ctx context.Context, added *pod) error {
 	for {
 		s.mu.Lock()
 		current := s.pods[added.w.UID] == added
-		connected := len(s.peers) > 0
-		answer, answered := error(nil), false
-		if connected {
-			answer, answered = added.answers[s.peers[len(s.peers)-1]]
-		}
+		newest := s.newest()
+		answer, answered := added.answers[newest]
 		changed := s.changed
 		s.mu.Unlock()
 		switch {
@@ -127,7 +127,7 @@ func (s *Server) await(ctx context.Context, added *pod) error {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			if !connected {
+			if newest == nil {
 				return fmt.Errorf("add pod %s/%s: no node proxy is connected: %w", added.w.Namespace, added.w.Name, ctx.Err())
 			}
 			return fmt.Errorf("add pod %s/%s: the node proxy has not answered: %w", added.w.Namespace, added.w.Name, ctx.Err())
@@ -252,9 +252,16 @@ func (s *Server) join(conn *net.UnixConn, pid int) *peer {
 
 func (s *Server) leave(p *peer) {
 	s.mu.Lock()
+	counted := s.newest() == p
 	s.peers = slices.DeleteFunc(s.peers, func(o *peer) bool { return o == p })
+	next := s.newest()
 	for _, pod := range s.pods {
 		delete(pod.answers, p)
+		// What the next one has said before was about a time when its listeners were in place.
+		if counted && next != nil && pod.w.Netns != nil {
+			delete(pod.answers, next)
+			next.push(step{add: pod})
+		}
 	}
 	p.abandon()
 	s.signal()
@@ -263,6 +270,14 @@ func (s *Server) leave(p *peer) {
 	for _, f := range hooks {
 		f(p.pid, false)
 	}
+}
+
+// newest is the proxy that counts, or nil. The lock is held.
+func (s *Server) newest() *peer {
+	if len(s.peers) == 0 {
+		return nil
+	}
+	return s.peers[len(s.peers)-1]
 }
 
 // answered records what a proxy said to a pod.
