@@ -83,7 +83,10 @@ func trim(object any) (any, error) {
 }
 
 func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
-	kept := metav1.ObjectMeta{Name: m.Name, Namespace: m.Namespace, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: map[string]string{}, Annotations: map[string]string{}}
+	kept := metav1.ObjectMeta{
+		Name: m.Name, Namespace: m.Namespace, UID: m.UID, ResourceVersion: m.ResourceVersion, DeletionTimestamp: m.DeletionTimestamp,
+		Labels: map[string]string{}, Annotations: map[string]string{},
+	}
 	if v, ok := m.Labels[modeLabel]; ok {
 		kept.Labels[modeLabel] = v
 	}
@@ -205,8 +208,8 @@ func (w *watcher) reconcile(ctx context.Context, key string) error {
 	}
 	rec := recordOf(pod)
 	known, ok := w.enrol.records.get(uid)
-	if len(rec.IPs) == 0 && !ok {
-		return nil // its sandbox is still to be made, and then the plugin asks
+	if !ok && (len(rec.IPs) == 0 || pod.DeletionTimestamp != nil) {
+		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
 	if !ok || !w.enrol.holds(known, pod.Annotations[mirrorAnnotation]) {
 		if err := w.enrol.capture(ctx, rec, pod.Annotations[mirrorAnnotation]); err != nil {
