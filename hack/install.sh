@@ -86,6 +86,9 @@ if [ -n "$uninstall" ]; then
 		-o jsonpath='{range .items[*]}{.metadata.namespace}{"\n"}{end}' | while read -r ns; do
 		kubectl delete configmap istio-ca-root-cert --namespace "$ns" --ignore-not-found
 	done
+	left=$(kubectl get gateways.gateway.networking.k8s.io --all-namespaces --ignore-not-found \
+		-o jsonpath='{range .items[?(@.spec.gatewayClassName=="istio-waypoint")]}{" "}{.metadata.namespace}{"/"}{.metadata.name}{end}' 2>/dev/null || true)
+	[ -z "$left" ] || [ -n "$crds" ] || echo "these Gateways, and the waypoints that run for them, stay; delete the Gateways to remove both:$left"
 	if [ -n "$crds" ]; then
 		work=$(mktemp -d)
 		trap 'rm -rf "$work"' EXIT
@@ -118,7 +121,8 @@ kubectl wait --for condition=Established --timeout 60s -f out/chart/fairlead/crd
 echo "chart fairlead in $namespace"
 fresh=
 helm status fairlead --namespace "$namespace" >/dev/null 2>&1 || fresh=yes
-helm upgrade --install fairlead out/chart/fairlead --namespace "$namespace" --create-namespace --skip-crds \
+# Without the definitions, which are there already and would only make the release record large.
+helm upgrade --install fairlead helm/fairlead --namespace "$namespace" --create-namespace \
 	--set image.registry="$registry" --set image.tag="$tag" --wait --timeout 5m "$@"
 if [ -z "$fresh" ] && [ "$tag" = dev ]; then
 	# The same tag names other images now, which nothing but a restart takes up.

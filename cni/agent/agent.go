@@ -22,6 +22,7 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/fairlead-mesh/fairlead/cni/plugin"
@@ -245,7 +246,7 @@ func (a *agent) leave(c cluster, host *os.File) error {
 	if a.cfg.DaemonSet == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()
 	namespace, name := filepath.Split(a.cfg.DaemonSet)
 	gone, err := c.withdrawn(ctx, filepath.Clean(namespace), name)
@@ -253,7 +254,16 @@ func (a *agent) leave(c cluster, host *os.File) error {
 		return err
 	}
 	a.log.Info("the agent's DaemonSet is deleted: the node is cleaned")
-	return a.clean(host)
+	if err := a.clean(host); err != nil {
+		return err
+	}
+	// The pods no longer are what their annotation says. Nothing depends on it, so that a failure is only told of.
+	for _, object := range a.watch.pods.List() {
+		if err := a.watch.annotate(ctx, object.(*corev1.Pod), false); err != nil {
+			a.log.Warn("the node is clean; a pod's annotation still says that it is captured", zap.Error(err))
+		}
+	}
+	return nil
 }
 
 // Uninstall takes all pods of the node out of the mesh and removes every trace. The agent must not run.
