@@ -197,7 +197,10 @@ func TestRun(t *testing.T) {
 			}
 		}
 	}
-	eventually("waiting", func() bool { err := i.Ready(); return err != nil && strings.Contains(err.Error(), "no CNI configuration yet") })
+	eventually("waiting", func() bool {
+		err := i.Ready()
+		return err != nil && strings.Contains(err.Error(), "no CNI configuration yet")
+	})
 	conf := filepath.Join(cfg.ConfDir, "10-a.conflist")
 	in := func() bool { b, _ := os.ReadFile(conf); return strings.Contains(string(b), "fairlead-cni") }
 	write(t, conf, `{"plugins":[{"type":"a"}]}`, 0o644)
