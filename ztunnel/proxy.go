@@ -87,7 +87,7 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 		return admin.Serve(ctx, cfg.ReadinessAddr, admin.Readiness(p.ready))
 	})
 	background("configuration", p.source.Run)
-	background("pods", (&zds.Client{Socket: cfg.ZDSSocket, Handler: p.pods, Log: log.Process}).Run)
+	background("pods", p.followPods)
 	background("recheck", p.recheck)
 	select {
 	case <-ctx.Done():
@@ -97,6 +97,17 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	p.close()
 	stop()
 	return group.Wait()
+}
+
+// followPods serves the pods that the CNI agent names. It starts when the mesh is known: whoever takes pods over, from a
+// proxy that may be serving them, must be able to serve them.
+func (p *Proxy) followPods(ctx context.Context) error {
+	select {
+	case <-p.source.Synced():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return (&zds.Client{Socket: p.cfg.ZDSSocket, Handler: p.pods, Log: p.log}).Run(ctx)
 }
 
 // newProxy puts the parts together. running ends what they do in the background.

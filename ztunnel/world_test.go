@@ -56,8 +56,10 @@ type node struct {
 	logs  *observer.ObservedLogs
 	stats string
 	ready string
-	end   context.CancelFunc // as SIGTERM does
-	stop  func()             // end, and wait
+	// socket is where the agent waits for proxies.
+	socket string
+	end    context.CancelFunc // the proxy, as SIGTERM does
+	stop   func()             // end the proxy, wait, and end the agent
 }
 
 // pod is one pod, as the test sees it.
@@ -308,21 +310,21 @@ func (w *world) node(name string, env map[string]string) *node {
 	w.t.Helper()
 	dir := w.t.TempDir()
 	n := &node{name: name, agent: zds.NewServer(zap.NewNop()), stats: freeAddr(w.t), ready: freeAddr(w.t)}
+	agentCtx, stopAgent := context.WithCancel(context.Background())
 	ctx, cancel := context.WithCancel(context.Background())
-	var parts sync.WaitGroup
-	var once sync.Once
+	var agent, proxy sync.WaitGroup
 	n.end = cancel
-	n.stop = func() { once.Do(func() { cancel(); parts.Wait() }) }
+	n.stop = func() { cancel(); proxy.Wait(); stopAgent(); agent.Wait() }
 	w.t.Cleanup(n.stop)
-	socket := filepath.Join(dir, "z")
+	n.socket = filepath.Join(dir, "z")
 	n.agent.Synced()
-	parts.Go(func() {
-		if err := n.agent.Serve(ctx, socket); err != nil {
+	agent.Go(func() {
+		if err := n.agent.Serve(agentCtx, n.socket); err != nil {
 			w.t.Error(err)
 		}
 	})
 	all := map[string]string{
-		"NODE_NAME": name, "XDS_ADDRESS": w.control, "INPOD_UDS": socket, "FAIRLEAD_BPFFS": w.bpffs,
+		"NODE_NAME": name, "XDS_ADDRESS": w.control, "INPOD_UDS": n.socket, "FAIRLEAD_BPFFS": w.bpffs,
 		"ADMIN_ADDR": freeAddr(w.t), "STATS_ADDR": n.stats, "READINESS_ADDR": n.ready, "TERMINATION_GRACE_PERIOD": "0",
 	}
 	for k, v := range env {
@@ -332,7 +334,7 @@ func (w *world) node(name string, env map[string]string) *node {
 	w.must(err)
 	access, logs := observer.New(zapcore.DebugLevel)
 	n.logs = logs
-	parts.Go(func() {
+	proxy.Go(func() {
 		err := ztunnel.Run(ctx, cfg, ztunnel.Log{
 			Process: zap.NewNop(), Level: zap.NewAtomicLevel(), Access: accesslog.New(zap.New(access)),
 		})

@@ -509,6 +509,65 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// TestReplacement: a second proxy takes the node's new connections over without one failing, and when it fails instead
+// of the first being ended, the first has them back.
+func TestReplacement(t *testing.T) {
+	s := newShop(t, map[string]string{"TERMINATION_GRACE_PERIOD": "20s"})
+	open := s.greeted(s.client.ns, s.vip4)
+	uses := func(n *node, what string) {
+		t.Helper()
+		before := n.logs.Len()
+		s.eventually(func() error {
+			if _, err := call(t, s.client.ns, s.vip4); err != nil {
+				return err
+			}
+			if n.logs.Len() == before {
+				return errors.New("it carries no connections")
+			}
+			return nil
+		}, what)
+	}
+	broken := s.world.node("node1", map[string]string{"INPOD_UDS": s.node1.socket})
+	uses(broken, "the second proxy")
+	broken.stop()
+	uses(s.node1, "the first proxy, after the second has gone")
+
+	done, stop := make(chan struct{}), make(chan struct{})
+	calls := 0
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			for _, to := range []string{s.vip4, s.near4} {
+				if calls++; !t.Failed() {
+					if _, err := call(t, s.client.ns, to); err != nil {
+						t.Errorf("call %d failed during the replacement: %v", calls, err)
+					}
+				}
+			}
+		}
+	}()
+	successor := s.world.node("node1", map[string]string{"INPOD_UDS": s.node1.socket})
+	uses(successor, "the successor")
+	s.node1.end()
+	if _, err := open.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	if _, err := io.ReadFull(open, make([]byte, 1)); err != nil {
+		t.Errorf("an open connection while its proxy drains: %v", err)
+	}
+	open.Close()
+	time.Sleep(300 * time.Millisecond)
+	close(stop)
+	<-done
+	uses(successor, "the successor, alone")
+	t.Logf("%d calls", calls)
+}
+
 // TestManyShortConnections: each is served, and nothing of them is left.
 func TestManyShortConnections(t *testing.T) {
 	s := newShop(t, nil)
