@@ -23,7 +23,9 @@ done
 
 if [ "$(id -u)" = 0 ]; then
 	export FAIRLEAD_REQUIRE_ALL=${FAIRLEAD_REQUIRE_ALL:-1}
-	hack/prereq.sh || exit 1
+	groups=(demo)
+	[[ " ${parts[*]} " != *" e2e "* ]] || groups+=(cluster)
+	hack/prereq.sh "${groups[@]}" || exit 1
 elif [ "${parts[*]}" != unit ]; then
 	echo "test.sh: ${parts[*]}: root is needed; unit tests run without: make test-unit" >&2
 	exit 1

@@ -42,6 +42,8 @@ func main() {
 // errRows says that the demo ran, but not all rows are as they must be.
 var errRows = errors.New("the rows marked with ✗ are not as they must be")
 
+var errInterrupted = errors.New("interrupted; everything is taken away again")
+
 func run(ctx context.Context, bin string, keep bool) (err error) {
 	start := time.Now()
 	progress := func(format string, args ...any) {
@@ -63,6 +65,9 @@ func run(ctx context.Context, bin string, keep bool) (err error) {
 		}
 	}()
 	err = d.play(ctx)
+	if ctx.Err() != nil {
+		return errInterrupted
+	}
 	if len(d.rows) > 0 {
 		fmt.Println()
 		d.print(os.Stdout)

@@ -183,6 +183,12 @@ func (d *demo) failed() bool {
 	return false
 }
 
+const legend = `
+readable:  payload that a packet capture could read on the link between the nodes. It must be 0 in the mesh; the rows
+           with the path "plain" are the controls, calls before the label or by legacy, whose pod is not in the mesh.
+proven:    service accounts as the proxies proved them to each other in TLS, from their access logs and metrics.
+`
+
 // print writes the table, and under it what is wrong.
 func (d *demo) print(out io.Writer) {
 	table := [][]string{{"", "when", "from", "to", "path", "proven source → destination", "readable", "in tunnel", "outcome"}}
@@ -210,6 +216,7 @@ func (d *demo) print(out io.Writer) {
 		}
 		fmt.Fprintln(out, strings.TrimRight(b.String(), " "))
 	}
+	fmt.Fprint(out, legend)
 	for _, r := range d.rows {
 		for _, why := range r.wrong {
 			fmt.Fprintf(out, "✗ %s, %s → %s: %s\n", r.scene, r.from, r.to, why)

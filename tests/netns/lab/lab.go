@@ -142,11 +142,8 @@ func (w *World) Close() error {
 	if w.cgroup != "" {
 		errs = append(errs, removeCgroup(w.cgroup))
 	}
-	if w.Dir != "" && !w.opts.Keep {
-		errs = append(errs, os.RemoveAll(w.Dir))
-	}
 	if w.lock != nil {
-		w.lock.Close()
+		errs = append(errs, release(w.Dir, w.lock, w.opts.Keep))
 	}
 	return errors.Join(errs...)
 }

@@ -22,10 +22,7 @@ const lockFile = "lock"
 
 // claim makes and locks a world's directory.
 func claim() (string, *os.File, error) {
-	if err := os.MkdirAll(StateDir, 0o755); err != nil {
-		return "", nil, err
-	}
-	guard, err := lock(StateDir)
+	guard, err := guardState()
 	if err != nil {
 		return "", nil, err
 	}
@@ -39,6 +36,37 @@ func claim() (string, *os.File, error) {
 	}
 	f, err := lock(dir)
 	return dir, f, err
+}
+
+// guardState makes and locks StateDir. Whoever leaves it empty removes it, so that the one that was waited for may be
+// gone by then.
+func guardState() (*os.File, error) {
+	for {
+		if err := os.MkdirAll(StateDir, 0o755); err != nil {
+			return nil, err
+		}
+		guard, err := lock(StateDir)
+		if err != nil {
+			return nil, err
+		}
+		held, err := guard.Stat()
+		if err != nil {
+			return nil, errors.Join(err, guard.Close())
+		}
+		if now, err := os.Stat(guard.Name()); err == nil && os.SameFile(held, now) {
+			return guard, nil
+		}
+		guard.Close()
+	}
+}
+
+// tidy removes StateDir when it holds no world. The caller holds the guard.
+func tidy() error {
+	entries, err := os.ReadDir(StateDir)
+	if err != nil || len(entries) > 1 {
+		return err
+	}
+	return os.RemoveAll(StateDir)
 }
 
 // lock waits for the lock of a directory.
@@ -59,7 +87,7 @@ func Prune() error {
 	if _, err := os.Stat(StateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	guard, err := lock(StateDir)
+	guard, err := guardState()
 	if err != nil {
 		return err
 	}
@@ -93,7 +121,24 @@ func Prune() error {
 			return err
 		}
 	}
-	return nil
+	return tidy()
+}
+
+// release removes a world's directory, unless it is to be kept, and lets go of its lock.
+func release(dir string, lock *os.File, keep bool) error {
+	guard, err := guardState()
+	if err != nil {
+		return err
+	}
+	defer guard.Close()
+	defer lock.Close()
+	if keep {
+		return nil
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return tidy()
 }
 
 // locked tells whether a living process holds the lock of dir.
