@@ -1,3 +1,5 @@
+// Package translate turns users' Kubernetes objects into the mesh's values, one noun a file, and says of each object what
+// became of it. It is pure: objects in, values and conditions out.
 package translate
 
 import (
