@@ -96,7 +96,7 @@ func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { retur
 func (p *Proxy) serveHTTP(c *serverConn) {
 	select {
 	case p.handOver.conns <- c:
-	case <-p.handOver.done.Done():
+	case <-p.handOver.closed:
 		c.Abort(http.ErrServerClosed)
 	case <-p.handOver.closed:
 		c.Abort(http.ErrServerClosed)

@@ -24,6 +24,9 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/xds"
 )
 
+// lateStreams is how long streams may still come after GOAWAY was sent.
+const lateStreams = 100 * time.Millisecond
+
 // Proxy is one waypoint. Run makes it; tests make its parts.
 type Proxy struct {
 	cfg       Config
@@ -83,6 +86,7 @@ func Run(ctx context.Context, cfg Config) error {
 	case <-failed.Done():
 	}
 	stop()
+	p.http.Close()
 	err = group.Wait()
 	pool.Close()
 	p.forwarder.close()
@@ -98,7 +102,7 @@ func newProxy(ctx context.Context, cfg Config, certificates identity.Certificate
 		forwarder: newForwarder(cfg, certificates, pool),
 		metrics:   newMetrics(registry),
 		tcp:       tcpConnections{live: map[*tcpConnection]struct{}{}},
-		handOver:  newHandOver(ctx),
+		handOver:  newHandOver(&net.TCPAddr{Port: int(cfg.HBONEPort)}),
 	}
 	p.resources = newResources(p.tcp.recheck)
 	p.http = p.newHTTPServer()
@@ -150,12 +154,13 @@ func (p *Proxy) drain(grace time.Duration) {
 	p.log.Info("draining", zap.Duration("grace", grace))
 	var group errgroup.Group
 	group.Go(func() error { return p.hbone.Drain(ctx) })
-	// Idle connections end at once, and their tunnels with them.
+	// Streams that were under way when the peers were told may still come; then idle connections end, and with them
+	// their tunnels.
+	time.Sleep(min(lateStreams, grace))
 	group.Go(func() error { return p.http.Shutdown(ctx) })
 	if err := group.Wait(); err != nil {
 		p.log.Info("drained in part", zap.Error(err))
 	}
-	p.http.Close()
 }
 
 // dump is what /config_dump tells.

@@ -13,7 +13,6 @@ package waypoint
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -239,32 +238,29 @@ func httpPrefix(b []byte) (is, known bool) {
 	return rest[0] == '/' || rest[0] == '*' || rest[0] == 'h', true
 }
 
-// handOver is a listener whose connections are put in by Serve's caller.
+// handOver is a listener whose connections are given to it by serveHTTP.
 type handOver struct {
 	conns  chan net.Conn
-	done   context.Context
 	closed chan struct{}
-	close  sync.Once
+	once   sync.Once
 	addr   net.Addr
 }
 
-func newHandOver(done context.Context) *handOver {
-	return &handOver{conns: make(chan net.Conn), done: done, closed: make(chan struct{}), addr: &net.TCPAddr{Port: 15008}}
+func newHandOver(addr net.Addr) *handOver {
+	return &handOver{conns: make(chan net.Conn), closed: make(chan struct{}), addr: addr}
 }
 
 func (h *handOver) Accept() (net.Conn, error) {
 	select {
 	case c := <-h.conns:
 		return c, nil
-	case <-h.done.Done():
 	case <-h.closed:
+		return nil, net.ErrClosed
 	}
-	return nil, net.ErrClosed
 }
 
-// Close ends Accept, which http.Server.Shutdown waits for.
 func (h *handOver) Close() error {
-	h.close.Do(func() { close(h.closed) })
+	h.once.Do(func() { close(h.closed) })
 	return nil
 }
 
