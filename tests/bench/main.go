@@ -21,6 +21,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fairlead-mesh/fairlead/internal/identity"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/tests/bench/load"
 )
 
@@ -390,7 +392,11 @@ var lanes = []laneKind{
 		}},
 	{name: "ztunnel", about: "Istio's ztunnel, access log at level info, redirection by iptables REDIRECT in the pod",
 		binary: namedBy("PEER_ZTUNNEL"), version: firstLine("version"), start: func(ctx context.Context, w *world, l *lane, binary string) error {
-			return nodeProxy{binary: binary}.start(ctx, l)
+			authority, err := identity.NewSelfSigned(mesh.DefaultTrustDomain, 0)
+			if err != nil {
+				return err
+			}
+			return nodeProxy{binary: binary, authority: authority}.start(ctx, l)
 		}},
 }
 

@@ -28,10 +28,10 @@ type machine struct {
 	control string
 }
 
-// congestionControl is what Linux has unless told otherwise, where it is there. Some machines have one that paces, which
+// congestionControl is what Linux has unless told otherwise, where that is allowed. Some machines have one that paces, which
 // costs more than all that is measured on a link between namespaces.
 func congestionControl() string {
-	if slices.Contains(strings.Fields(readOr("/proc/sys/net/ipv4/tcp_available_congestion_control")), "cubic") {
+	if slices.Contains(strings.Fields(readOr("/proc/sys/net/ipv4/tcp_allowed_congestion_control")), "cubic") {
 		return "cubic"
 	}
 	return "reno"

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
+	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
@@ -23,6 +24,8 @@ type nodeProxy struct {
 	env    []string
 	// ebpf: pods are redirected by the programs of this project; else by rules as Istio's CNI agent writes them.
 	ebpf bool
+	// authority signs the proxy's certificates, asked over gRPC; nil: the proxy makes its own (FAKE_CA).
+	authority identity.Authority
 }
 
 // start starts a proxy on each machine and gives it its pods.
@@ -48,18 +51,21 @@ func (n nodeProxy) startOne(ctx context.Context, l *lane, file string, served []
 	socket, bpffs := filepath.Join(l.dir, m.name+".sock"), filepath.Join(l.dir, m.name+"-bpf")
 	agent := zds.NewServer(zap.NewNop())
 	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
-	served2 := make(chan error, 1)
-	go func() { served2 <- agent.Serve(serving, socket) }()
-	l.close = append(l.close, func() error { stopServing(); return <-served2 })
+	ended := make(chan error, 1)
+	go func() { ended <- agent.Serve(serving, socket) }()
+	l.close = append(l.close, func() error { stopServing(); return <-ended })
 
 	own, err := l.group.child(filepath.Join(m.name, "ztunnel"))
 	if err != nil {
 		return err
 	}
-	env := append([]string{
-		"FAKE_CA=true", "FAIRLEAD_FAKE_CA_DIR=" + filepath.Join(l.dir, "ca"), "FAIRLEAD_BPFFS=" + bpffs,
-		"XDS_ADDRESS=", "LOCAL_XDS_PATH=" + file, "INPOD_UDS=" + socket, "NODE_NAME=" + m.name, "CLUSTER_ID=cluster1", "RUST_LOG=info",
-	}, n.env...)
+	certificates, err := n.certificates(l, ns, m)
+	if err != nil {
+		return err
+	}
+	env := append(certificates, n.env...)
+	env = append(env,
+		"FAIRLEAD_BPFFS="+bpffs, "XDS_ADDRESS=", "LOCAL_XDS_PATH="+file, "INPOD_UDS="+socket, "NODE_NAME="+m.name, "CLUSTER_ID=cluster1", "RUST_LOG=info")
 	for wait := 0; ; wait++ { // Serve makes the socket
 		if _, err := os.Stat(socket); err == nil || wait == 100 {
 			break
@@ -92,6 +98,20 @@ func (n nodeProxy) startOne(ctx context.Context, l *lane, file string, served []
 	}
 	agent.Synced()
 	return awaitReady(ctx, p, "http://127.0.0.1:15021/healthz/ready")
+}
+
+// certificates says to the proxy where its certificates come from.
+func (n nodeProxy) certificates(l *lane, ns *os.File, m *machine) ([]string, error) {
+	if n.authority == nil {
+		return []string{"FAKE_CA=true", "FAIRLEAD_FAKE_CA_DIR=" + filepath.Join(l.dir, "ca")}, nil
+	}
+	root := filepath.Join(l.dir, m.name+"-ca.pem")
+	stop, err := serveAuthority(ns, n.authority, root)
+	if err != nil {
+		return nil, err
+	}
+	l.close = append(l.close, stop)
+	return []string{"CA_ADDRESS=https://" + authorityAddress.String(), "CA_ROOT_CA=" + root}, nil
 }
 
 // redirector prepares a machine for redirection by eBPF, for this lane alone; nil where rules do it.

@@ -336,7 +336,7 @@ func (a answer) ok() bool { return a.Error == "" && a.Status == 200 }
 // client runs `box client` in a client pod and returns its lines. A refused request is an answer, not an error.
 func (w *world) client(t *testing.T, pod string, args ...string) []answer {
 	t.Helper()
-	out, err := command(3*time.Minute, nil, "kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "/bin/box", "client"}, args...)...)
+	out, err := command(3*time.Minute, nil, "kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "box", "client"}, args...)...)
 	got := parse(t, out)
 	if len(got) == 0 {
 		t.Fatalf("no answer from the client program: %v", err)
@@ -373,7 +373,7 @@ type background struct {
 
 func (w *world) start(t *testing.T, pod string, args ...string) *background {
 	t.Helper()
-	b := &background{cmd: exec.Command("kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "/bin/box", "client"}, args...)...)}
+	b := &background{cmd: exec.Command("kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "box", "client"}, args...)...)}
 	b.cmd.Stdout = &b.out
 	if err := b.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -400,7 +400,7 @@ type capture struct {
 func startCapture(t *testing.T, node string) *capture {
 	t.Helper()
 	c := &capture{node: node, file: fmt.Sprintf("/tmp/e2e-%d.pcap", time.Now().UnixNano())}
-	c.cmd = exec.Command(filepath.Join(testLab.top, "hack/cluster.sh"), "exec", node, "tcpdump", "-i", "eth0", "-s", "0", "-U", "-n", "-w", c.file, "tcp")
+	c.cmd = exec.Command(filepath.Join(testLab.top, "hack/cluster.sh"), "exec", node, "tcpdump", "-i", "eth0", "-s", "0", "-U", "--immediate-mode", "-n", "-w", c.file, "tcp")
 	var complaint bytes.Buffer
 	c.cmd.Stderr = &complaint
 	if err := c.cmd.Start(); err != nil {
@@ -418,7 +418,8 @@ func startCapture(t *testing.T, node string) *capture {
 func (c *capture) stop(t *testing.T) []byte {
 	t.Helper()
 	time.Sleep(300 * time.Millisecond) // what the kernel still holds reaches the file
-	if _, err := testLab.exec(c.node, "sh", "-c", "kill $(pgrep -f "+c.file+")"); err != nil {
+	// The brackets keep the shell's own command line from matching.
+	if _, err := testLab.exec(c.node, "pkill", "-f", "[t]cpdump.*"+c.file); err != nil {
 		t.Logf("stop tcpdump: %v", err)
 	}
 	_ = c.cmd.Wait()

@@ -126,7 +126,7 @@ spec: {mtls: {mode: STRICT}}
 
 type condition struct {
 	Type, Status, Reason, Message string
-	ObservedGeneration            int64
+	ObservedGeneration            any // Istio writes its 64-bit numbers as strings
 }
 
 // conditions reads all conditions of an object, those of an HTTPRoute's parents too.
@@ -154,7 +154,7 @@ func waitCondition(t *testing.T, namespace, kind, name, typ, status, inMessage s
 	eventually(t, 5*time.Second, fmt.Sprintf("%s %s is %s=%s", kind, name, typ, status), func() error {
 		all := conditions(t, namespace, kind, name)
 		for _, c := range all {
-			if c.Type == typ && c.Status == status && strings.Contains(c.Message, inMessage) && c.ObservedGeneration > 0 {
+			if c.Type == typ && c.Status == status && strings.Contains(c.Message, inMessage) && c.ObservedGeneration != nil {
 				return nil
 			}
 		}

@@ -11,8 +11,8 @@ import (
 // split counts which version answers n requests.
 func (w *world) split(t *testing.T, n int) map[string]int {
 	t.Helper()
-	out, err := command(3*time.Minute, nil, "kubectl", "-n", w.namespace, "exec", "alice", "--", "/bin/box", "client",
-		"http://server/split", "-n", fmt.Sprint(n), "-concurrency", "4", "-keepalive", "-summary")
+	out, err := command(3*time.Minute, nil, "kubectl", "-n", w.namespace, "exec", "alice", "--", "box", "client",
+		"http://server/split", "-n", fmt.Sprint(n), "-concurrency", "4", "-summary")
 	var sum struct {
 		Errors   int
 		Status   map[string]int
