@@ -3,9 +3,9 @@
 #   hack/test.sh               unit, netns and e2e
 #   hack/test.sh unit          no privileges needed (as root, tests of single packages on the real kernel run too)
 #   hack/test.sh netns         the real programs on two nodes made of network namespaces; root
-#   hack/test.sh e2e           a real two-node Kubernetes, brought up and taken down again; root
+#   hack/test.sh e2e           a real two-node Kubernetes, brought up and taken down again; root ($CLUSTER names it: e2e)
 # As root nothing may be skipped (FAIRLEAD_REQUIRE_ALL=1, which FAIRLEAD_REQUIRE_ALL=0 undoes): what is missing is
-# installed first by hack/prereq.sh. RACE=1 runs unit tests with the race detector. KEEP=1 leaves the e2e cluster up.
+# installed first by hack/prereq.sh, and the cluster's programs are built. RACE=1 runs unit tests with the race detector. KEEP=1 leaves the e2e cluster up.
 # Arguments after -- go to go test, as in `hack/test.sh netns -- -run TestDeny -v`.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -32,7 +32,12 @@ elif [ "${parts[*]}" != unit ]; then
 fi
 
 unit() {
-	local packages
+	local packages tools
+	# The chart's tests want Helm, which is among the cluster's programs.
+	if [ "${FAIRLEAD_REQUIRE_ALL:-0}" = 1 ]; then
+		tools=$(hack/cluster.sh build | tee /dev/stderr | tail -n 1) || return 1
+		PATH=$PATH:$tools
+	fi
 	packages=$(go list ./... | grep -v -e /tests/netns -e /tests/e2e) || return 1
 	# shellcheck disable=SC2086 # a list of packages
 	go test ${RACE:+-race} "${args[@]}" $packages && (cd hack/cluster && go test "${args[@]}" ./...)
@@ -45,6 +50,7 @@ netns() {
 
 e2e() {
 	local environment status
+	export CLUSTER=${CLUSTER:-e2e} # a cluster of its own, beside the one that make cluster-up brings up
 	hack/build.sh && hack/cluster.sh up || return 1
 	environment=$(hack/cluster.sh env) || return 1
 	(
@@ -53,7 +59,7 @@ e2e() {
 	)
 	status=$?
 	if [ "${KEEP:-0}" = 1 ]; then
-		echo "the cluster stays up: hack/cluster.sh down takes it away"
+		echo "the cluster stays up: CLUSTER=$CLUSTER hack/cluster.sh down takes it away"
 	else
 		hack/cluster.sh down || status=1
 	fi

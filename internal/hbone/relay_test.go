@@ -207,12 +207,16 @@ func TestRelayReset(t *testing.T) {
 				t.Fatal("the client's RST is not seen")
 			}
 		}
+		reported := func(n int) func() bool {
+			return func() bool {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				return len(m.results) == n && len(m.inbound) == n
+			}
+		}
+		await(t, "every reset relay reports its end", reported(100))
 		m.echo(1000, false)
-		await(t, "every relay reports its end", func() bool {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			return len(m.results) == 101 && len(m.inbound) == 101
-		})
+		await(t, "the whole relay reports its end", reported(101))
 		for i, r := range m.results[:100] {
 			if r.Err == nil || !r.Reset {
 				t.Errorf("relay %d: %+v, want a reset", i, r)

@@ -1,5 +1,7 @@
 // Package relay (plumbing) joins two TCP connections inside the kernel until both directions have ended. Half close is
 // passed on as half close, a reset as a reset; every live relay can be cut from outside and read for its byte counts.
+//
+// A connection's road ends here. Next: internal/accesslog/accesslog.go, the line it leaves.
 package relay
 
 import (

@@ -3,6 +3,8 @@
 //
 // The maps of a snapshot are persistent (trie.go), so that a change costs what it changes and not the size of the
 // mesh; the slices in them (a service's endpoints, a namespace's policies) are copied when one of theirs changes.
+//
+// Next: internal/authz/authz.go, and internal/route/outbound.go: decisions over one snapshot.
 package state
 
 import (

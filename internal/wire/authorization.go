@@ -1,5 +1,12 @@
 package wire
 
+// A policy on the wire, in two steps: the model to bytes on the control plane, bytes to the model on a node.
+//
+//  1. EncodeAuthorization writes what the control plane pushes.
+//  2. DecodeAuthorization reads it, and refuses what it does not know: a policy half understood would let through.
+//
+// Next: internal/xds/server.go between the two; internal/state/store.go after the second.
+
 import (
 	"errors"
 	"fmt"

@@ -226,7 +226,7 @@ var roads = map[string][]string{
 		"internal/hbone/server.go", "ztunnel/inbound.go", "internal/authz/authz.go", "internal/relay/relay.go"},
 	"a request": {"waypoint/serve.go", "internal/httproute/httproute.go", "waypoint/forward.go"},
 	"a policy": {"istiod-lite/pipeline.go", "istiod-lite/translate/authorization.go", "internal/wire/authorization.go",
-		"internal/xds/server.go", "internal/xds/client.go", "internal/state/state.go", "internal/authz/authz.go"},
+		"internal/xds/server.go", "internal/xds/client.go", "internal/state/store.go", "internal/authz/authz.go"},
 }
 
 func TestRoadsCanBeFollowed(t *testing.T) {
