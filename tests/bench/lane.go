@@ -135,10 +135,19 @@ func (l *lane) smoke(ctx context.Context) error {
 			time.Sleep(250 * time.Millisecond)
 		}
 		if last != nil {
-			return fmt.Errorf("lane %s does not carry messages to %s: %w", l.name, to, last)
+			return fmt.Errorf("lane %s does not carry messages to %s: %w%s", l.name, to, last, l.lastWords())
 		}
 	}
 	return nil
+}
+
+// lastWords are those of the lane's proxies, for error messages.
+func (l *lane) lastWords() string {
+	var b strings.Builder
+	for _, p := range l.proxies {
+		fmt.Fprintf(&b, "; %s: %s", p.name, lastLines(p.log, 3))
+	}
+	return b.String()
 }
 
 // awaitReady asks a proxy, in its namespace, until it says that it is ready.
@@ -182,7 +191,7 @@ func (l *lane) workloads() string {
 	for _, r := range roles {
 		p := l.pods[r]
 		fmt.Fprintf(&b, "- uid: cluster1//v1/Pod/default/%[1]s\n  name: %[1]s\n  namespace: default\n  serviceAccount: %[1]s\n"+
-			"  workloadIps: [%[2]q]\n  protocol: HBONE\n  node: %[3]s\n  network: \"\"\n  services: {}\n", r, p.addr, p.machine.name)
+			"  trustDomain: cluster.local\n  workloadIps: [%[2]q]\n  protocol: HBONE\n  node: %[3]s\n  network: \"\"\n  services: {}\n", r, p.addr, p.machine.name)
 	}
 	return b.String()
 }
