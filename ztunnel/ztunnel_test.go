@@ -435,10 +435,10 @@ func TestUnenrolledPodKeepsItsConnections(t *testing.T) {
 	s := newShop(t, nil)
 	out, in, node := s.greeted(s.client.ns, s.vip4), s.greeted(s.fabric, s.near4), s.greeted(s.client.ns, s.near4)
 	for _, p := range []*pod{s.client, s.near} {
-		s.must(s.redirector.Release(cookieOf(t, p.ns)))
+		s.must(s.redirector.Release(cookieOf(t, p.ns), p.ns))
 		s.must(s.node1.agent.Delete(t.Context(), "uid-"+p.name))
 	}
-	s.must(s.redirector.Release(cookieOf(t, s.far.ns)))
+	s.must(s.redirector.Release(cookieOf(t, s.far.ns), s.far.ns))
 	s.must(s.node2.agent.Delete(t.Context(), "uid-far"))
 	for name, conn := range map[string]*net.TCPConn{"through a tunnel": out, "from outside": in, "within the node": node} {
 		if _, err := conn.Write([]byte("x")); err != nil {

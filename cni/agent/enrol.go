@@ -95,7 +95,7 @@ func (e *enroller) leaveOldSandbox(rec record) error {
 	if !ok || old.Cookie == rec.Cookie || !old.Redirected {
 		return nil
 	}
-	return e.redirector.Release(old.Cookie)
+	return e.unredirect(old)
 }
 
 // capture takes a pod that runs already into the mesh, or makes sure that it still is. The proxy is told first, so that
@@ -119,7 +119,7 @@ func (e *enroller) capture(ctx context.Context, rec record, uids ...string) erro
 		return err
 	} else if rec.Redirected && cookie != rec.Cookie {
 		// Another sandbox than the one that was captured.
-		if err := e.redirector.Release(rec.Cookie); err != nil {
+		if err := e.redirector.Release(rec.Cookie, nil); err != nil {
 			return err
 		}
 		rec.Redirected = false
@@ -156,6 +156,21 @@ func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File) error
 	}
 	_, err = e.redirector.Ensure(ctx, rec.target(ns))
 	return err
+}
+
+// unredirect ends the redirection of a pod, whose network namespace may be gone.
+func (e *enroller) unredirect(rec record) error {
+	ns, _, err := e.finder.open(rec)
+	if err != nil && !errors.Is(err, errNoNetns) {
+		return err
+	}
+	if err == nil {
+		defer ns.Close()
+		if cookie, err := netns.Cookie(ns); err != nil || cookie != rec.Cookie {
+			ns = nil // another sandbox of the pod
+		}
+	}
+	return e.redirector.Release(rec.Cookie, ns)
 }
 
 // announce tells the proxy of the pod and waits until it has accepted it.
@@ -208,7 +223,7 @@ func (e *enroller) release(ctx context.Context, uid string) error {
 
 // withdraw undoes redirect and announce.
 func (e *enroller) withdraw(ctx context.Context, rec record) error {
-	if err := e.redirector.Release(rec.Cookie); err != nil {
+	if err := e.unredirect(rec); err != nil {
 		return err
 	}
 	if err := e.unannounce(ctx, rec.UID); err != nil {
@@ -226,7 +241,7 @@ func (e *enroller) forget(ctx context.Context, uid, containerID string) error {
 		return nil
 	}
 	if rec.Redirected {
-		if err := e.redirector.Release(rec.Cookie); err != nil {
+		if err := e.unredirect(rec); err != nil {
 			return err
 		}
 	}

@@ -2,9 +2,10 @@ package redirect
 
 // A pod's TCP reaches the node proxy in these steps:
 //
-//  1. Plan (plan.go) decides the rules of the pod's network namespace: sysctls, ip rules, routes.
-//  2. Prepare makes them true (apply.go) and gives the proxy a place for its listeners.
-//  3. Ensure attaches the pod's programs. From then on bpf/connect.c marks what the application connects, the rules bring
+//  1. New chooses how the node redirects: by eBPF (ebpf.go).
+//  2. Plan (plan.go) decides the rules of the pod's network namespace: sysctls, ip rules, routes.
+//  3. Prepare makes them true (apply.go) and gives the proxy a place for its listeners.
+//  4. Ensure attaches the pod's programs. From then on bpf/connect.c marks what the application connects, the rules bring
 //     marked packets to lo, and bpf/lookup.c hands them, and what arrives from outside, to the proxy's listeners.
 //
 // Next: bpf/connect.c
@@ -15,7 +16,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
@@ -41,47 +41,39 @@ type Pod struct {
 	IPs []netip.Addr
 }
 
+// backend is one way to redirect. Its methods are those of Redirector, which has looked up the cookie of the pod's network
+// namespace and refused the host's.
+type backend interface {
+	prepare(pod Pod, cookie uint64) error
+	ensure(pod Pod, cookie uint64) error
+	holds(pod Pod, cookie uint64) (bool, error)
+	release(cookie uint64, ns *os.File) error
+	remove(ns *os.File) error
+	prune(keep func(cookie uint64) bool) error
+	pods() ([]bpf.Pod, error)
+	ensureProxy(pid int) error
+	counters() (map[string]uint64, error)
+	close() error
+}
+
 // Redirector redirects the pods of one node. What it sets up stays when the process ends. Its methods are safe for
 // concurrent use.
 type Redirector struct {
-	cfg  Config
-	node *bpf.Node
+	backend backend
+	host    uint64 // cookie of the host's network namespace
 }
 
-// New makes the node ready: programs in the cgroup, probe sources on the host's lo. The error says what the machine
-// lacks.
+// New makes the node ready. The error says what the machine lacks.
 func New(cfg Config) (*Redirector, error) {
-	if cfg.Cgroup == "" {
-		root, err := hostCgroup2("/proc/1")
-		if err != nil {
-			return nil, fmt.Errorf("redirection by eBPF needs cgroup2: %w", err)
-		}
-		cfg.Cgroup = root
-	}
 	host, err := netns.Cookie(cfg.HostNetns)
 	if err != nil {
 		return nil, fmt.Errorf("identify the host's network namespace: %w", err)
 	}
-	if err := netns.Do(cfg.HostNetns, ensureHost); err != nil {
-		return nil, fmt.Errorf("prepare the host for probes: %w", err)
-	}
-	node, err := bpf.Open(bpf.Config{
-		Dir: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6,
-	})
+	b, err := newEBPF(cfg, host)
 	if err != nil {
-		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
+		return nil, err
 	}
-	return &Redirector{cfg: cfg, node: node}, nil
-}
-
-// hostCgroup2 finds the root of the cgroup2 hierarchy as a process sees it, normally the host's first. What this process
-// sees may be no more than the cgroup of its own container.
-func hostCgroup2(process string) (string, error) {
-	mount, err := bpf.FindCgroup2(filepath.Join(process, "mounts"))
-	if err != nil {
-		return "", err
-	}
-	return filepath.Join(process, "root", mount), nil
+	return &Redirector{b, host}, nil
 }
 
 // Prepare does what can be done for a pod without touching its traffic, so that the proxy can put its listeners in
@@ -90,25 +82,14 @@ func (r *Redirector) Prepare(ctx context.Context, pod Pod) (uint64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
-	host, err := netns.Cookie(r.cfg.HostNetns)
-	if err != nil {
-		return 0, err
-	}
 	cookie, err := netns.Cookie(pod.Netns)
 	if err != nil {
 		return 0, err
 	}
-	if cookie == host {
+	if cookie == r.host {
 		return 0, errors.New("redirect a pod: it runs in the host's network namespace")
 	}
-	rules := Plan(PodConfig{IPs: pod.IPs})
-	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
-		return 0, fmt.Errorf("prepare the pod's network namespace: %w", err)
-	}
-	if err := r.node.Prepare(cookie); err != nil {
-		return 0, err
-	}
-	return cookie, nil
+	return cookie, r.backend.prepare(pod, cookie)
 }
 
 // Ensure redirects a pod. From its return on, no new TCP connection of the pod, in or out, avoids the proxy; while the
@@ -118,7 +99,7 @@ func (r *Redirector) Ensure(ctx context.Context, pod Pod) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := r.node.EnsurePod(pod.Netns, bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}); err != nil {
+	if err := r.backend.ensure(pod, cookie); err != nil {
 		return 0, fmt.Errorf("redirect the pod: %w", err)
 	}
 	return cookie, nil
@@ -130,22 +111,14 @@ func (r *Redirector) Holds(pod Pod) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	known, ok, err := r.node.Pod(cookie)
-	if err != nil || !ok || known.UID != pod.UID {
-		return false, err
-	}
-	var rules bool
-	err = netns.Do(pod.Netns, func() error {
-		rules, err = held(Plan(PodConfig{IPs: pod.IPs}))
-		return err
-	})
-	return rules, err
+	return r.backend.holds(pod, cookie)
 }
 
-// Release ends the redirection of new connections of the pod with that cookie. Redirected connections go on, for which
-// the pod's routes stay; they do nothing to packets without the mark.
-func (r *Redirector) Release(cookie uint64) error {
-	if err := r.node.RemovePod(cookie); err != nil {
+// Release ends the redirection of new connections of the pod with that cookie, whose network namespace is ns, or nil if
+// that is gone. Redirected connections go on, for which the pod's routes stay; they do nothing to packets without the
+// mark.
+func (r *Redirector) Release(cookie uint64, ns *os.File) error {
+	if err := r.backend.release(cookie, ns); err != nil {
 		return fmt.Errorf("stop redirecting the pod: %w", err)
 	}
 	return nil
@@ -157,10 +130,10 @@ func (r *Redirector) Remove(ns *os.File) error {
 	if err != nil {
 		return err
 	}
-	if err := r.Release(cookie); err != nil {
+	if err := r.Release(cookie, ns); err != nil {
 		return err
 	}
-	if err := netns.Do(ns, func() error { return remove(Plan(PodConfig{})) }); err != nil {
+	if err := r.backend.remove(ns); err != nil {
 		return fmt.Errorf("clean the pod's network namespace: %w", err)
 	}
 	return nil
@@ -168,23 +141,23 @@ func (r *Redirector) Remove(ns *os.File) error {
 
 // Prune stops redirecting pods whose cookie keep says no to, as those whose network namespace is gone.
 func (r *Redirector) Prune(keep func(cookie uint64) bool) error {
-	if err := r.node.Prune(keep); err != nil {
+	if err := r.backend.prune(keep); err != nil {
 		return fmt.Errorf("forget pods that are gone: %w", err)
 	}
 	return nil
 }
 
 // Pods lists the pods that the kernel redirects, also those set up by an earlier process.
-func (r *Redirector) Pods() ([]bpf.Pod, error) { return r.node.Pods() }
+func (r *Redirector) Pods() ([]bpf.Pod, error) { return r.backend.pods() }
 
 // EnsureProxy exempts the node proxy, known by the id of its process, from redirection; see bpf.Node.EnsureProxy.
-func (r *Redirector) EnsureProxy(pid int) error { return r.node.EnsureProxy(pid) }
+func (r *Redirector) EnsureProxy(pid int) error { return r.backend.ensureProxy(pid) }
 
-// Counters returns what the programs have counted, by name.
-func (r *Redirector) Counters() (map[string]uint64, error) { return r.node.Counters() }
+// Counters returns what the kernel has counted, by name.
+func (r *Redirector) Counters() (map[string]uint64, error) { return r.backend.counters() }
 
 // Close releases this process's handles and leaves redirection in force.
-func (r *Redirector) Close() error { return r.node.Close() }
+func (r *Redirector) Close() error { return r.backend.close() }
 
 // Uninstall removes the node's part: programs, pins and probe sources. Pods are to be removed before.
 func Uninstall(cfg Config) error {

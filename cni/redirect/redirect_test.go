@@ -330,7 +330,7 @@ func TestReleaseAndRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := l.redirector.Release(cookie); err != nil {
+		if err := l.redirector.Release(cookie, l.pod); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,0 +1,87 @@
+package redirect
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+)
+
+// ebpf redirects by the programs of package bpf, with no state for a connection and none for a packet.
+type ebpf struct {
+	node *bpf.Node
+}
+
+// newEBPF makes the node ready: programs in the cgroup, probe sources on the host's lo.
+func newEBPF(cfg Config, host uint64) (*ebpf, error) {
+	if cfg.Cgroup == "" {
+		root, err := hostCgroup2("/proc/1")
+		if err != nil {
+			return nil, fmt.Errorf("redirection by eBPF needs cgroup2: %w", err)
+		}
+		cfg.Cgroup = root
+	}
+	if err := netns.Do(cfg.HostNetns, ensureHost); err != nil {
+		return nil, fmt.Errorf("prepare the host for probes: %w", err)
+	}
+	node, err := bpf.Open(bpf.Config{
+		Dir: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
+	}
+	return &ebpf{node}, nil
+}
+
+// hostCgroup2 finds the root of the cgroup2 hierarchy as a process sees it, normally the host's first. What this process
+// sees may be no more than the cgroup of its own container.
+func hostCgroup2(process string) (string, error) {
+	mount, err := bpf.FindCgroup2(filepath.Join(process, "mounts"))
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(process, "root", mount), nil
+}
+
+func (e *ebpf) prepare(pod Pod, cookie uint64) error {
+	rules := Plan(PodConfig{IPs: pod.IPs})
+	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
+		return fmt.Errorf("prepare the pod's network namespace: %w", err)
+	}
+	return e.node.Prepare(cookie)
+}
+
+func (e *ebpf) ensure(pod Pod, cookie uint64) error {
+	return e.node.EnsurePod(pod.Netns, bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs})
+}
+
+func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
+	known, ok, err := e.node.Pod(cookie)
+	if err != nil || !ok || known.UID != pod.UID {
+		return false, err
+	}
+	var rules bool
+	err = netns.Do(pod.Netns, func() error {
+		rules, err = held(Plan(PodConfig{IPs: pod.IPs}))
+		return err
+	})
+	return rules, err
+}
+
+func (e *ebpf) release(cookie uint64, _ *os.File) error { return e.node.RemovePod(cookie) }
+
+func (e *ebpf) remove(ns *os.File) error {
+	return netns.Do(ns, func() error { return remove(Plan(PodConfig{})) })
+}
+
+func (e *ebpf) prune(keep func(cookie uint64) bool) error { return e.node.Prune(keep) }
+
+func (e *ebpf) pods() ([]bpf.Pod, error) { return e.node.Pods() }
+
+func (e *ebpf) ensureProxy(pid int) error { return e.node.EnsureProxy(pid) }
+
+func (e *ebpf) counters() (map[string]uint64, error) { return e.node.Counters() }
+
+func (e *ebpf) close() error { return e.node.Close() }
