@@ -402,8 +402,9 @@ func (c *Conn) onSettings(p []byte) (Event, error) {
 func (c *Conn) setting(id uint16, v uint32) error {
 	switch id {
 	case settingTableSize:
-		c.henc.SetMaxDynamicTableSizeLimit(min(v, tableSize))
-		c.henc.SetMaxDynamicTableSize(min(v, tableSize))
+		c.peerTable = min(v, tableSize)
+		c.henc.SetMaxDynamicTableSizeLimit(c.peerTable)
+		c.henc.SetMaxDynamicTableSize(c.peerTable)
 	case settingPush:
 		if v > 1 || (v == 1 && !c.cfg.Server) {
 			return c.fail(CodeProtocol, "bad ENABLE_PUSH")

@@ -110,6 +110,7 @@ type Conn struct {
 	credit           int64 // consumed and not yet told
 	peerFrame        int
 	peerStreams      int
+	peerTable        uint32 // of the peer's hpack decoder
 	sentGoAway       bool
 	gotGoAway        bool
 }
@@ -117,7 +118,8 @@ type Conn struct {
 // New makes a connection whose preface and settings wait in Output.
 func New(cfg Config) *Conn {
 	c := &Conn{cfg: cfg, streams: map[uint32]*Stream{}, nextID: 1, sendWin: defaultWindow, initWin: defaultWindow,
-		recvWin: int64(cfg.ConnWindow), peerFrame: minFrame, peerStreams: math.MaxInt32}
+		recvWin: int64(cfg.ConnWindow), peerFrame: minFrame, peerStreams: math.MaxInt32,
+		peerTable: tableSize}
 	c.henc = hpack.NewEncoder(&c.hbuf)
 	c.hdec = hpack.NewDecoder(tableSize, c.list.add)
 	c.hdec.SetMaxStringLength(cfg.MaxHeaderList)
