@@ -231,9 +231,10 @@ func (p *Pool) handshake(ctx context.Context, key Key, dial Dialer) (*pooled, er
 	if err != nil {
 		return nil, &DialError{Err: err}
 	}
+	boundUnread(nc, p.cfg.PingInterval, p.cfg.PingTimeout)
 	t := &pooled{p: p, key: key, max: p.cfg.MaxStreamsPerTunnel}
 	tun, err := p.cfg.Driver.start(ctx, nc, cfg, tunnelConfig{
-		events: t, ping: p.cfg.PingInterval, pingWait: p.cfg.PingTimeout})
+		events: t, buffers: key.Buffers, ping: p.cfg.PingInterval, pingWait: p.cfg.PingTimeout})
 	if err != nil {
 		return nil, err
 	}

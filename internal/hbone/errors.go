@@ -10,6 +10,8 @@ var (
 	ErrClosed = errors.New("hbone: closed")
 	// ErrAborted is the cause of a stream cut by Stream.Abort(nil).
 	ErrAborted = errors.New("hbone: aborted")
+
+	errTooMany = errors.New("hbone: too many tunnels")
 )
 
 // DialError says that no TCP connection to the peer proxy could be made. Unwrap gives the error of the Dialer.

@@ -59,7 +59,7 @@ func checkState(s *tls.ConnectionState) error {
 }
 
 func machineConfig(tc *tunnelConfig) machine.Config {
-	return machine.Config{Server: tc.server, StreamWindow: streamWindow, ConnWindow: connWindow, MaxFrame: maxFrame,
+	return machine.Config{Server: tc.server, StreamWindow: streamWindow, ConnWindow: tc.firstWindow(), MaxFrame: maxFrame,
 		MaxHeaderList: maxHeaderList, MaxStreams: tc.maxStreams}
 }
 
@@ -77,6 +77,7 @@ type goTunnel struct {
 	ready   []*Stream // to be pumped
 	blocked map[*Stream]struct{}
 	life    liveness
+	window  window
 	pinger  *time.Timer
 	dead    bool
 	err     error
@@ -84,7 +85,7 @@ type goTunnel struct {
 
 func newGoTunnel(d *goroutines, nc net.Conn, info *connInfo, tc tunnelConfig) *goTunnel {
 	t := &goTunnel{d: d, nc: nc, tc: tc, info: info, start: time.Now(), m: machine.New(machineConfig(&tc)),
-		blocked: map[*Stream]struct{}{}, life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
+		blocked: map[*Stream]struct{}{}, window: newWindow(&tc), life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
 	t.work.L = &t.mu
 	if tc.ping > 0 {
 		t.mu.Lock() // the timer may fire before the assignment
@@ -173,6 +174,7 @@ func (t *goTunnel) fail(err error) {
 	}
 	t.m.Each(func(ms *machine.Stream) { ms.User.(*Stream).end(&TunnelError{Err: lost}) })
 	t.ready, t.blocked = nil, nil
+	t.window.close()
 	t.work.Broadcast()
 	go t.nc.Close() // close_notify may wait for a peer that does not read
 	t.tc.events.ended(err)
@@ -186,8 +188,8 @@ func (t *goTunnel) checkAlive() {
 		return
 	}
 	ask, dead, next := t.life.check(time.Now())
-	if dead {
-		t.fail(errSilent)
+	if dead != nil {
+		t.fail(dead)
 		return
 	}
 	if ask {
@@ -218,9 +220,11 @@ func (t *goTunnel) write() {
 			t.work.Wait()
 			continue
 		}
+		t.life.stuck = time.Now()
 		t.mu.Unlock()
 		_, err := t.nc.Write(out)
 		t.mu.Lock()
+		t.life.stuck = time.Time{}
 		if err != nil {
 			t.fail(err)
 			return
@@ -274,6 +278,9 @@ func (t *goTunnel) read() {
 		t.life.heard = time.Now()
 		t.m.Advance(t.life.heard.Sub(t.start))
 		ferr := t.feed(buf[:n])
+		if more := t.window.got(n); more > 0 {
+			t.m.Grow(more)
+		}
 		if ferr != nil {
 			t.sayGoodbye()
 			t.fail(ferr)

@@ -58,6 +58,7 @@ type Key struct {
 	SourceIP    netip.Addr
 	Addr        netip.AddrPort // of the peer proxy, usually port 15008
 	Netns       uint64         // inode of the network namespace it is dialled in
+	Buffers     *Buffers       // what this side's tunnels may be sent ahead of their applications; nil = 16 MiB each
 }
 
 // Dialer makes one TCP connection to the peer proxy, in the right network namespace, and gives the TLS configuration to
@@ -70,6 +71,7 @@ type tunnelConfig struct {
 	server     bool
 	maxStreams int // streams that the peer may have open (server)
 	events     tunnelEvents
+	buffers    *Buffers
 	ping       time.Duration // silence after which the peer is asked for a sign of life; 0 = never
 	pingWait   time.Duration // how long it has for an answer
 }

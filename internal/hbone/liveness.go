@@ -5,27 +5,35 @@ import (
 	"time"
 )
 
-var errSilent = errors.New("the peer gives no sign of life")
+var (
+	errSilent = errors.New("the peer gives no sign of life")
+	errUnread = errors.New("the peer does not read")
+)
 
-// liveness decides when a silent peer is asked for a sign of life and when it is given up.
+// liveness decides when a silent peer is asked for a sign of life and when it is given up, and when one that sends but
+// does not read is.
 type liveness struct {
 	interval, wait time.Duration // as tunnelConfig's ping and pingWait
 	heard          time.Time     // of the last bytes
 	asked          time.Time     // zero when no answer is owed
+	stuck          time.Time     // since when the socket takes no more; zero while it does
 }
 
 // check returns what to do now and when to check again.
-func (l *liveness) check(now time.Time) (ask, dead bool, next time.Duration) {
+func (l *liveness) check(now time.Time) (ask bool, dead error, next time.Duration) {
+	if !l.stuck.IsZero() && now.Sub(l.stuck) >= l.interval+l.wait {
+		return false, errUnread, 0
+	}
 	if l.asked.IsZero() || l.heard.After(l.asked) {
 		l.asked = time.Time{}
 		if silent := now.Sub(l.heard); silent < l.interval {
-			return false, false, l.interval - silent
+			return false, nil, l.interval - silent
 		}
 		l.asked = now
-		return true, false, l.wait
+		return true, nil, l.wait
 	}
 	if waited := now.Sub(l.asked); waited < l.wait {
-		return false, false, l.wait - waited
+		return false, nil, l.wait - waited
 	}
-	return false, true, 0
+	return false, errSilent, 0
 }

@@ -140,6 +140,9 @@ func (t *loopTunnel) send() bool {
 		}
 		t.sent += n
 		t.full = t.full || t.sent < t.sealed // a short write: the socket is full, its event will come
+		if t.full {
+			t.life.stuck = t.w.start.Add(t.w.now)
+		}
 	}
 	if t.sent < t.sealed {
 		if t.sent > len(t.buf)/2 { // keep room for control frames and some records

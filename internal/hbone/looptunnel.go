@@ -42,10 +42,11 @@ type loopTunnel struct {
 	windowApps   []*loopApp // wait for a window
 	blocked      map[*Stream]struct{}
 
-	life  liveness
-	timer *time.Timer
-	dead  bool
-	err   error
+	life   liveness
+	window window
+	timer  *time.Timer
+	dead   bool
+	err    error
 
 	pokeMu   sync.Mutex
 	poked    []*Stream
@@ -55,7 +56,7 @@ type loopTunnel struct {
 
 func newLoopTunnel(w *worker, fd int, rec *tlsrecord.Conn, info *connInfo, tc tunnelConfig) *loopTunnel {
 	t := &loopTunnel{w: w, fd: fd, rec: rec, info: info, tc: tc, m: machine.New(machineConfig(&tc)),
-		blocked: map[*Stream]struct{}{}}
+		blocked: map[*Stream]struct{}{}, window: newWindow(&tc)}
 	t.onPoke = t.servePoked
 	return t
 }
@@ -231,7 +232,7 @@ func (t *loopTunnel) Ready(events uint32) {
 		t.markReading()
 	}
 	if events&loop.Out != 0 && t.full {
-		t.full = false
+		t.full, t.life.stuck = false, time.Time{}
 		t.mark()
 	}
 }
@@ -271,6 +272,9 @@ func (t *loopTunnel) read() {
 	t.life.heard = t.w.start.Add(t.w.now)
 	t.m.Advance(t.w.now)
 	rest, err := t.records(r.b[:kept+n])
+	if more := t.window.got(n); more > 0 {
+		t.m.Grow(more)
+	}
 	t.w.feedApps(r)
 	t.tail = append(t.tail[:0], rest...)
 	if len(rest) == 0 {
@@ -415,8 +419,8 @@ func (t *loopTunnel) checkAlive() {
 		return
 	}
 	ask, dead, next := t.life.check(time.Now())
-	if dead {
-		t.fail(errSilent)
+	if dead != nil {
+		t.fail(dead)
 		return
 	}
 	if ask {
@@ -452,6 +456,7 @@ func (t *loopTunnel) fail(err error) {
 	t.m.Each(func(ms *machine.Stream) { t.endStream(ms.User.(*Stream), &TunnelError{Err: lost}) })
 	t.spaceApps, t.spaceStreams, t.windowApps, t.blocked, t.tail = nil, nil, nil, nil, nil
 	t.w.loop.Close(t.fd)
+	t.window.close()
 	t.rec.Clear()
 	if t.buf != nil {
 		t.w.freeSendBuffer(t.buf)

@@ -33,6 +33,10 @@ type ServerConfig struct {
 	Driver           Driver        // nil = Goroutines()
 	Log              *zap.Logger   // nil = no log
 	MaxStreams       int           // streams a peer may have open on one tunnel; 0 = 1000
+	MaxTunnels       int           // from all peers, those in their handshake included; 0 = no limit
+	MaxPeerTunnels   int           // the same, from one address; 0 = no limit
+	Buffers          *Buffers      // what the tunnels may be sent ahead of their applications; nil = 16 MiB each
+	Limited          func(Limit)   // told when a limit is hit; must not block. May be nil
 	HandshakeTimeout time.Duration // 0 = 10 s
 	PingInterval     time.Duration // 0 = 30 s; <0 = never. As in PoolConfig
 	PingTimeout      time.Duration // 0 = 20 s
@@ -44,6 +48,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	tunnels  map[*served]struct{}
+	admitted admission
 	draining bool
 	empty    chan struct{}
 }
@@ -52,6 +57,7 @@ type Server struct {
 type served struct {
 	s        *Server
 	t        tunnel
+	peer     netip.Addr
 	gone     bool         // guarded by Server.mu
 	handlers atomic.Int64 // that run now
 	stop     func() bool
@@ -69,7 +75,8 @@ func NewServer(cfg ServerConfig) *Server {
 	cfg.HandshakeTimeout = orDefault(cfg.HandshakeTimeout, 10*time.Second)
 	cfg.PingInterval = orDefault(cfg.PingInterval, 30*time.Second)
 	cfg.PingTimeout = orDefault(cfg.PingTimeout, 20*time.Second)
-	return &Server{cfg: cfg, tunnels: map[*served]struct{}{}, empty: make(chan struct{})}
+	return &Server{cfg: cfg, tunnels: map[*served]struct{}{}, empty: make(chan struct{}),
+		admitted: admission{byPeer: map[netip.Addr]int{}}}
 }
 
 // Serve accepts connections from ln until ctx ends or ln is closed. Tunnels live on after Serve has returned unless ctx
@@ -109,12 +116,21 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		nc.Close()
 		return ErrClosed
 	}
+	peer, ok := s.admit(nc)
+	if !ok {
+		nc.Close()
+		return errTooMany
+	}
+	boundUnread(nc, s.cfg.PingInterval, s.cfg.PingTimeout)
 	hctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	defer cancel()
-	sv := &served{s: s}
+	sv := &served{s: s, peer: peer}
 	t, err := s.cfg.Driver.start(hctx, nc, s.tlsConfig(), tunnelConfig{server: true, maxStreams: s.cfg.MaxStreams,
-		events: sv, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout})
+		events: sv, buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout})
 	if err != nil {
+		s.mu.Lock()
+		s.admitted.leave(peer)
+		s.mu.Unlock()
 		return err
 	}
 	s.mu.Lock()
@@ -146,6 +162,7 @@ func (s *Server) tlsConfig() *tls.Config {
 func (sv *served) incoming(in *Incoming) {
 	if sv.handlers.Add(1) > 2*int64(sv.s.cfg.MaxStreams) {
 		sv.handlers.Add(-1)
+		sv.s.limited(LimitStreams)
 		go in.Reject(503, "too many streams") // not at once: the driver is in the middle of its input
 		return
 	}
@@ -164,6 +181,7 @@ func (sv *served) ended(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	sv.gone = true
+	s.admitted.leave(sv.peer)
 	if sv.stop != nil {
 		sv.stop()
 	}

@@ -184,7 +184,11 @@ func FuzzPair(f *testing.F) {
 				e = sv
 			}
 			e.c.Advance(now * time.Second)
-			if op&7 == 0 && e == cl {
+			if op&7 == 0 && e == sv {
+				e.c.Grow(arg)
+				continue
+			}
+			if op&7 == 0 {
 				if s, err := cl.c.Connect("a:1", nil); err == nil {
 					cl.st[s.ID()] = &flow{s: s}
 					cl.ids = append(cl.ids, s.ID())

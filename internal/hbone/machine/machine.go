@@ -218,6 +218,15 @@ func (c *Conn) giveConn(n int64) {
 	}
 }
 
+// Grow lets the peer send n bytes more on the connection than before.
+func (c *Conn) Grow(n int) {
+	if c.err == nil {
+		c.cfg.ConnWindow += n
+		c.recvWin += int64(n)
+		c.out = appendUint32Frame(c.out, frameWindowUpdate, 0, uint32(n))
+	}
+}
+
 // headerBlock encodes fields behind a HEADERS frame (and CONTINUATIONs) of stream id.
 func (c *Conn) headerBlock(id uint32, end bool, fields []hpack.HeaderField) {
 	c.hbuf.Reset()
