@@ -98,8 +98,6 @@ func (p *Proxy) serveHTTP(c *serverConn) {
 	case p.handOver.conns <- c:
 	case <-p.handOver.closed:
 		c.Abort(http.ErrServerClosed)
-	case <-p.handOver.closed:
-		c.Abort(http.ErrServerClosed)
 	}
 }
 
@@ -242,6 +240,7 @@ func modifyResponse(resp *http.Response) error {
 	x := resp.Request.Context().Value(exchangeKey{}).(*exchange)
 	apply(resp.Header, &x.decision.Cluster.Change.Response)
 	apply(resp.Header, &x.decision.Route.Change.Response)
+	x.w.bodiless = resp.ContentLength == 0
 	return nil
 }
 
@@ -305,6 +304,9 @@ type countedWriter struct {
 	http.ResponseWriter
 	status int
 	bytes  int64
+	// bodiless responses end with their header. A flush would put the end into a frame of its own, and a gRPC client
+	// takes a status in the header for the whole answer only when the stream ends there.
+	bodiless bool
 }
 
 func (w *countedWriter) WriteHeader(status int) {
@@ -326,6 +328,14 @@ func (w *countedWriter) Write(b []byte) (int, error) {
 	n, err := w.ResponseWriter.Write(b)
 	w.bytes += int64(n)
 	return n, err
+}
+
+// FlushError sends what was written, for http.ResponseController.
+func (w *countedWriter) FlushError() error {
+	if w.bodiless {
+		return nil
+	}
+	return http.NewResponseController(w.ResponseWriter).Flush()
 }
 
 // Unwrap lets http.ResponseController reach the connection.

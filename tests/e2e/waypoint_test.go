@@ -15,6 +15,7 @@ func (w *world) split(t *testing.T, n int) map[string]int {
 		"http://server/split", "-n", fmt.Sprint(n), "-concurrency", "4", "-summary")
 	var sum struct {
 		Errors   int
+		Error    string
 		Status   map[string]int
 		Versions map[string]int
 	}
@@ -22,7 +23,7 @@ func (w *world) split(t *testing.T, n int) map[string]int {
 		t.Fatalf("summary %q: %v, %v", out, jsonErr, err)
 	}
 	if sum.Errors != 0 || sum.Status["200"] != n {
-		t.Fatalf("of %d requests %d failed, statuses %v", n, sum.Errors, sum.Status)
+		t.Fatalf("of %d requests %d failed (%s), statuses %v", n, sum.Errors, sum.Error, sum.Status)
 	}
 	return sum.Versions
 }

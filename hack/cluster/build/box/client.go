@@ -38,6 +38,7 @@ type summary struct {
 	Summary  bool           `json:"summary"`
 	Requests int            `json:"requests"`
 	Errors   int            `json:"errors"`
+	Error    string         `json:"error,omitempty"` // the first of them
 	Status   map[int]int    `json:"status"`
 	Pods     map[string]int `json:"pods"`
 	Versions map[string]int `json:"versions"`
@@ -167,7 +168,9 @@ func (o clientOptions) run(ctx context.Context, hc *http.Client) error {
 func (s *summary) add(r Result) {
 	s.Requests++
 	if r.Error != "" {
-		s.Errors++
+		if s.Errors++; s.Errors == 1 {
+			s.Error = fmt.Sprintf("request %d after %v ms: %s", r.N, r.MS, r.Error)
+		}
 		return
 	}
 	s.Status[r.Status]++
