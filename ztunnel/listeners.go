@@ -74,12 +74,16 @@ func listen(ns *os.File, slots bool) ([]*listener, error) {
 // listenPair listens on an IPv4 and an IPv6 address. A namespace without IPv6 gets no listener for it: its slot stays
 // empty, which refuses what cannot come.
 func listenPair(ns *os.File, p purpose, slots bool, ipv4, ipv6 netip.AddrPort) ([]*listener, error) {
-	four, err := netns.Listen(ns, "tcp4", ipv4, true)
+	mark := netns.ProxyMark
+	if slots && p == purposeOutbound {
+		mark = netns.RedirectMark // the other end is the application's, in the same namespace
+	}
+	four, err := netns.Listen(ns, "tcp4", ipv4, mark, true)
 	if err != nil {
 		return nil, err
 	}
 	made := []*listener{newListener(four, p, slots)}
-	six, err := netns.Listen(ns, "tcp6", ipv6, true)
+	six, err := netns.Listen(ns, "tcp6", ipv6, mark, true)
 	switch {
 	case err == nil:
 		return append(made, newListener(six, p, slots)), nil

@@ -324,7 +324,7 @@ func (p *proxy) Add(_ context.Context, w zds.Workload) error {
 		return err
 	}
 	defer slots.Close()
-	l, err := netns.Listen(w.Netns, "tcp4", netip.MustParseAddrPort("127.0.0.1:0"), true)
+	l, err := netns.Listen(w.Netns, "tcp4", netip.MustParseAddrPort("127.0.0.1:0"), netns.RedirectMark, true)
 	if err != nil {
 		return err
 	}

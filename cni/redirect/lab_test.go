@@ -265,7 +265,11 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		if slot%2 == 1 {
 			addr = netip.MustParseAddrPort("[::1]:0")
 		}
-		listener, err := netns.Listen(l.pod, "tcp", addr, true)
+		mark := netns.ProxyMark
+		if by == "outbound" {
+			mark = netns.RedirectMark
+		}
+		listener, err := netns.Listen(l.pod, "tcp", addr, mark, true)
 		if err != nil {
 			t.Fatal(err)
 		}

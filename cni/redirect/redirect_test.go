@@ -2,6 +2,7 @@ package redirect_test
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -101,6 +102,50 @@ func TestOutbound(t *testing.T) {
 
 // An IPv6 address of the link can only be reached by naming the interface, which no route to the proxy does: refused
 // outwards, taken by the proxy inwards.
+// The application has closed, and what is left of its socket (TIME-WAIT) must still reach the proxy with its last ACK:
+// else the proxy's end stays in LAST-ACK for minutes, and the application's next connection from the same port hangs.
+func TestClosedApplicationStillAnswersTheProxy(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t)
+			taken := make(chan accepted, 1)
+			l.ensure(t, pod4, pod6)
+			l.proxy(t, taken)
+			l.app(t, attempt{Dst: f.at(f.remote, 80)}) // it ends, which closes its socket
+			conn := next(t, taken).conn
+			if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+				t.Fatalf("the application's end: %v", err)
+			}
+			state := func() (state uint8) {
+				raw, err := conn.SyscallConn()
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = raw.Control(func(fd uintptr) {
+					if info, err := unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO); err == nil {
+						state = info.State
+					}
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return state
+			}
+			// The FIN is acknowledged by itself, late, before the proxy's own FIN: only then does TIME-WAIT answer it.
+			time.Sleep(150 * time.Millisecond)
+			if err := conn.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			const closed = 7 // TCP_CLOSE
+			for deadline := time.Now().Add(3 * time.Second); state() != closed; time.Sleep(10 * time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("the proxy's end is still in state %d", state())
+				}
+			}
+		})
+	}
+}
+
 func TestLinkLocalAddressesAreNoWayRound(t *testing.T) {
 	l := newLab(t)
 	taken := make(chan accepted, 16)

@@ -15,13 +15,15 @@ import (
 
 // Socket marks that redirection gives a meaning to, in a pod's network namespace.
 const (
-	// ProxyMark is on every socket of the node proxy (SO_MARK), as other node proxies and agents expect it.
+	// ProxyMark is on the node proxy's sockets (SO_MARK) towards other nodes, and with rules that rewrite addresses on
+	// all of them, as other node proxies and agents expect it.
 	ProxyMark uint32 = 0x539
 	// ProxyMarkMask tells which bits of a socket's mark are compared with ProxyMark.
 	ProxyMarkMask uint32 = 0xfff
 	// RedirectMark makes the pod's routing deliver a packet locally (device lo) whatever its destination is. The
-	// application's sockets carry it, and the proxy's sockets towards the application when they keep the client's
-	// address as their source.
+	// application's sockets carry it, and the proxy's towards the application: those accepted from it, and those that keep
+	// the client's address as their source. What the kernel answers without a live socket, an ACK in TIME-WAIT or a RST,
+	// has the mark of the packet that it answers (fwmark_reflect), so both ends must carry it.
 	RedirectMark uint32 = 0x53a
 )
 

@@ -77,7 +77,7 @@ func TestListenAndDialInsideANamespace(t *testing.T) {
 		{"dual stack", "tcp", "[::]:0", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			l, err := netns.Listen(ns, tc.network, netip.MustParseAddrPort(tc.addr), true)
+			l, err := netns.Listen(ns, tc.network, netip.MustParseAddrPort(tc.addr), netns.ProxyMark, true)
 			if err != nil {
 				t.Fatal(err)
 			}

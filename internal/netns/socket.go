@@ -30,9 +30,9 @@ type DialOptions struct {
 
 // Listen listens for TCP inside ns (nil: the process's own namespace). network is "tcp4" or "tcp6", or "tcp" for the
 // family of addr, where an unspecified IPv6 address takes IPv4 too. The listener, and so each accepted connection,
-// carries ProxyMark; transparent lets it accept connections to addresses that are not the namespace's own. It never
+// carries mark; transparent lets it accept connections to addresses that are not the namespace's own. It never
 // speaks MPTCP, because such sockets cannot be handed connections by BPF.
-func Listen(ns *os.File, network string, addr netip.AddrPort, transparent bool) (*net.TCPListener, error) {
+func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, transparent bool) (*net.TCPListener, error) {
 	fail := func(err error) (*net.TCPListener, error) {
 		return nil, &net.OpError{Op: "listen", Net: network, Addr: net.TCPAddrFromAddrPort(addr), Err: err}
 	}
@@ -48,7 +48,7 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, transparent bool) 
 	set := []option{
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1, true},
 		{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only, addr.Addr().Is6()},
-		{unix.SOL_SOCKET, unix.SO_MARK, int(ProxyMark), true},
+		{unix.SOL_SOCKET, unix.SO_MARK, int(mark), true},
 		{unix.SOL_IP, unix.IP_TRANSPARENT, 1, transparent},
 	}
 	if err := setAll(fd, set); err != nil {

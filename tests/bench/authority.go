@@ -38,7 +38,7 @@ func serveAuthority(ns *os.File, authority identity.Authority, rootFile string) 
 	if err := os.WriteFile(rootFile, rootPEM, 0o644); err != nil {
 		return nil, err
 	}
-	listener, err := netns.Listen(ns, "tcp4", authorityAddress, false)
+	listener, err := netns.Listen(ns, "tcp4", authorityAddress, 0, false)
 	if err != nil {
 		return nil, err
 	}
