@@ -107,7 +107,8 @@ func TestTemplates(t *testing.T) {
 		unwanted []string
 	}{
 		{"defaults", nil, []string{
-			"image: docker.io/fairlead/ztunnel:dev", "--waypoint-image=docker.io/fairlead/waypoint:dev",
+			"image: docker.io/fairlead/ztunnel:dev", `FAIRLEAD_POD_MAX_BUFFERED_BYTES, value: "268435456"`,
+			"--waypoint-image=docker.io/fairlead/waypoint:dev",
 			"--exclude-namespaces=kube-system,mesh", "https://istiod.mesh.svc:15012", "kind: GatewayClass",
 		}, []string{"15010", "imagePullSecrets"}},
 		{"everything changed", []string{

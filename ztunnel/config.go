@@ -44,6 +44,8 @@ type Config struct {
 	// TerminationGrace is how long open connections may go on after SIGTERM.
 	TerminationGrace time.Duration
 	LogLevel         string
+	// Limits are what each pod may use.
+	Limits Limits
 	// ForceHBONE: connections between two pods of this node go through a tunnel too.
 	ForceHBONE bool
 	// Goroutines: tunnels are driven by goroutines instead of event loops.
@@ -81,6 +83,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 	}
 	c.FakeCA = boolean(getenv, "FAKE_CA", &errs)
 	c.FakeCADir, c.LocalXDSPath = getenv("FAIRLEAD_FAKE_CA_DIR"), getenv("LOCAL_XDS_PATH")
+	c.Limits = limitsFromEnv(getenv, &errs)
 	c.ForceHBONE = boolean(getenv, "FAIRLEAD_FORCE_HBONE", &errs)
 	c.Goroutines = boolean(getenv, "FAIRLEAD_GOROUTINES", &errs)
 	token := get("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token")

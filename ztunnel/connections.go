@@ -47,6 +47,7 @@ const (
 type connections struct {
 	access  *accesslog.Log
 	metrics *metrics
+	limits  Limits
 
 	mu   sync.Mutex
 	live map[*connection]struct{}
@@ -84,15 +85,17 @@ type connection struct {
 	mu       sync.Mutex
 	checked  bool                  // policies apply to it
 	policies []*mesh.Authorization // that were asked last
-	cut      func(error)
-	counters func() (sent, received int64)
+	carrier  carrier               // once it carries bytes
 	cutFor   *failure
+
+	idleSince time.Time // when reap first saw it half closed with idleAt bytes carried
+	idleAt    int64
 }
 
-func newConnections(access *accesslog.Log, m *metrics) *connections {
+func newConnections(access *accesslog.Log, m *metrics, limits Limits) *connections {
 	empty := make(chan struct{})
 	close(empty)
-	return &connections{access: access, metrics: m, live: map[*connection]struct{}{}, ports: map[portKey]int{}, empty: empty}
+	return &connections{access: access, metrics: m, limits: limits, live: map[*connection]struct{}{}, ports: map[portKey]int{}, empty: empty}
 }
 
 // open registers a connection of a pod.
@@ -104,6 +107,7 @@ func (s *connections) open(p *pod, d direction, client, asked netip.AddrPort) *c
 		s.empty = make(chan struct{})
 	}
 	s.live[c] = struct{}{}
+	p.connections++
 	if d == inbound {
 		s.ports[portKey{client, asked}]++
 	}
@@ -157,15 +161,14 @@ func (c *connection) establish() {
 	c.set.metrics.opened(c)
 }
 
-// attach gives the means to cut the connection and to read its byte counts. When it is to be cut already, cut is called
-// at once.
-func (c *connection) attach(cut func(error), counters func() (sent, received int64)) {
+// attach gives the means to cut the connection and to read its byte counts. When it is to be cut already, by is at once.
+func (c *connection) attach(by carrier) {
 	c.mu.Lock()
-	c.cut, c.counters = cut, counters
+	c.carrier = by
 	already := c.cutFor
 	c.mu.Unlock()
 	if already != nil {
-		cut(already)
+		by.Abort(already)
 	}
 }
 
@@ -177,10 +180,10 @@ func (c *connection) abort(why *failure) {
 		return
 	}
 	c.cutFor = why
-	cut := c.cut
+	by := c.carrier
 	c.mu.Unlock()
-	if cut != nil {
-		cut(why)
+	if by != nil {
+		by.Abort(why)
 	}
 }
 
@@ -214,6 +217,7 @@ func (c *connection) end(f *failure, request, response int64) {
 	s := c.set
 	s.mu.Lock()
 	delete(s.live, c)
+	c.pod.connections--
 	s.forgetPort(c)
 	if len(s.live) == 0 {
 		close(s.empty)

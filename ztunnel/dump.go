@@ -232,9 +232,9 @@ func (p *Proxy) describePods(out map[string]dumpPod) {
 // describe is one live connection; false while it is still being made.
 func (c *connection) describe() (dumpConnection, bool) {
 	c.mu.Lock()
-	counters := c.counters
+	by := c.carrier
 	c.mu.Unlock()
-	if counters == nil {
+	if by == nil {
 		return dumpConnection{}, false
 	}
 	line := dumpConnection{
@@ -242,7 +242,7 @@ func (c *connection) describe() (dumpConnection, bool) {
 		Age: time.Since(c.start).Truncate(time.Millisecond).String(),
 	}
 	// Both counts are seen from the first end: the application's for outbound and plaintext, the tunnel's for inbound.
-	line.Received, line.Sent = counters()
+	line.Received, line.Sent = by.Counters()
 	if c.direction == inbound && c.path == pathHBONE {
 		line.Received, line.Sent = line.Sent, line.Received
 	}

@@ -39,6 +39,12 @@ func (p *Proxy) newServer(pod *pod) *hbone.Server {
 		Handle: func(in *hbone.Incoming) { p.serveInbound(pod, in) },
 		Driver: p.driver,
 		Log:    p.log,
+
+		MaxStreams:     p.cfg.Limits.Streams,
+		MaxTunnels:     p.cfg.Limits.Tunnels,
+		MaxPeerTunnels: p.cfg.Limits.PeerTunnels,
+		Buffers:        pod.buffers,
+		Limited:        func(l hbone.Limit) { p.metrics.limited(pod, l) },
 	})
 }
 
@@ -46,7 +52,11 @@ func (p *Proxy) newServer(pod *pod) *hbone.Server {
 func (p *Proxy) serveInbound(pod *pod, in *hbone.Incoming) {
 	c := p.connections.open(pod, inbound, in.RemoteAddr, in.LocalAddr)
 	c.path, c.mutualTLS, c.hbone = pathHBONE, true, in.Authority
-	if failed := p.letIn(c, in); failed != nil {
+	failed := p.connections.admit(c)
+	if failed == nil {
+		failed = p.letIn(c, in)
+	}
+	if failed != nil {
 		in.Reject(reasons[failed.reason].status, failed.Error())
 		c.fail(failed)
 	}
@@ -88,7 +98,7 @@ func (p *Proxy) letIn(c *connection, in *hbone.Incoming) *failure {
 		return classify(err)
 	}
 	c.establish()
-	c.attach(stream.Abort, stream.Counters)
+	c.attach(stream)
 	stream.Relay(app, func(r relay.Result) { c.finish(r, r.Received, r.Sent) })
 	return nil
 }

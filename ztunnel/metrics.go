@@ -25,6 +25,7 @@ const unknown = "unknown"
 // metrics counts connections. The label values of a pair of workloads are put together once and kept.
 type metrics struct {
 	vecs   [counterKinds]*prometheus.CounterVec
+	limits *prometheus.CounterVec
 	series sync.Map // seriesKey → *[counterKinds]prometheus.Counter
 }
 
@@ -65,6 +66,10 @@ func newMetrics(registry prometheus.Registerer) *metrics {
 		m.vecs[kind] = prometheus.NewCounterVec(opts, labels)
 		registry.MustRegister(m.vecs[kind])
 	}
+	m.limits = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "fairlead_pod_limit_hits_total", Help: "How often a pod or its peers wanted more than one pod may use.",
+	}, []string{"namespace", "pod", "limit"})
+	registry.MustRegister(m.limits)
 	return m
 }
 

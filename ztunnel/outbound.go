@@ -34,6 +34,9 @@ func (p *Proxy) serveOutbound(ctx context.Context, pod *pod, l *listener, app *n
 	asked, failed := l.asked(app)
 	c := p.connections.open(pod, outbound, addrPort(app.RemoteAddr()), asked)
 	if failed == nil {
+		failed = p.connections.admit(c)
+	}
+	if failed == nil {
 		failed = p.sendOut(ctx, c, app)
 	}
 	if failed != nil {
@@ -77,6 +80,7 @@ func (p *Proxy) sendTunnel(ctx context.Context, c *connection, d route.Decision,
 		SourceIP:    c.client.Addr(),
 		Addr:        d.NextHop,
 		Netns:       c.pod.cookie,
+		Buffers:     c.pod.buffers,
 	}
 	pod := c.pod
 	dial := func(ctx context.Context) (net.Conn, *tls.Config, error) {
@@ -102,7 +106,7 @@ func (p *Proxy) sendTunnel(ctx context.Context, c *connection, d route.Decision,
 		}
 	}
 	c.establish()
-	c.attach(stream.Abort, stream.Counters)
+	c.attach(stream)
 	stream.Relay(app, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
 	return nil
 }
@@ -116,7 +120,7 @@ func (p *Proxy) sendPlain(ctx context.Context, c *connection, app *net.TCPConn) 
 	}
 	c.establish()
 	h := relay.Splice(app, upstream, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
-	c.attach(h.Abort, h.Counters)
+	c.attach(h)
 	return nil
 }
 
@@ -141,7 +145,10 @@ func (p *Proxy) sendNode(ctx context.Context, c *connection, peer *pod, d route.
 	in := p.connections.open(peer, inbound, c.client, d.Target)
 	in.source, in.sourceID, in.destination, in.destID = c.source, c.sourceID, c.destination, c.destID
 	in.service, in.path, in.mutualTLS = c.service, pathNode, true
-	failed := in.authorize(p.store, authz.Connection{Source: c.sourceID, SourceIP: c.client.Addr(), Destination: d.Target})
+	failed := p.connections.admit(in)
+	if failed == nil {
+		failed = in.authorize(p.store, authz.Connection{Source: c.sourceID, SourceIP: c.client.Addr(), Destination: d.Target})
+	}
 	if failed != nil {
 		in.fail(failed)
 		return failed
@@ -161,8 +168,8 @@ func (p *Proxy) sendNode(ctx context.Context, c *connection, peer *pod, d route.
 		in.finish(r, r.Sent, r.Received)
 		c.finish(r, r.Sent, r.Received)
 	})
-	in.attach(h.Abort, h.Counters)
-	c.attach(h.Abort, h.Counters)
+	in.attach(h)
+	c.attach(h)
 	return nil
 }
 

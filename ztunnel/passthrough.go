@@ -21,6 +21,9 @@ func (p *Proxy) servePassthrough(ctx context.Context, pod *pod, l *listener, cli
 	c := p.connections.open(pod, inbound, addrPort(client.RemoteAddr()), asked)
 	c.path = pathPlain
 	if failed == nil {
+		failed = p.connections.admit(c)
+	}
+	if failed == nil {
 		failed = p.passThrough(ctx, c, client)
 	}
 	if failed != nil {
@@ -51,6 +54,6 @@ func (p *Proxy) passThrough(ctx context.Context, c *connection, client *net.TCPC
 	}
 	c.establish()
 	h := relay.Splice(client, app, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
-	c.attach(h.Abort, h.Counters)
+	c.attach(h)
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/fairlead-mesh/fairlead/internal/hbone"
@@ -44,6 +45,8 @@ type pod struct {
 	slots       bool // redirected by eBPF: connections come by slots, not by port
 	listeners   []*listener
 	server      *hbone.Server
+	buffers     *hbone.Buffers // of its tunnels, in both directions
+	connections int            // open now; guarded by connections.mu
 	stop        context.CancelFunc
 }
 
@@ -137,6 +140,7 @@ func (s *pods) remove(p *pod) {
 	// Peers are told to take no more streams on the tunnels they have.
 	go p.server.Drain(s.proxy.running)
 	s.proxy.certs.Release(p.identity)
+	s.proxy.metrics.limits.DeletePartialMatch(prometheus.Labels{"namespace": p.Namespace, "pod": p.Name})
 	s.proxy.log.Info("no longer serving pod", zap.String("pod", p.Namespace+"/"+p.Name), zap.String("uid", p.UID))
 }
 
@@ -189,6 +193,7 @@ func (p *pod) serve(proxy *Proxy) error {
 	}
 	ctx, stop := context.WithCancel(proxy.running)
 	p.stop = stop
+	p.buffers = hbone.NewBuffers(proxy.cfg.Limits.BufferedBytes, func(l hbone.Limit) { proxy.metrics.limited(p, l) })
 	p.server = proxy.newServer(p)
 	for _, l := range p.listeners {
 		switch l.purpose {

@@ -89,6 +89,7 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	background("configuration", p.source.Run)
 	background("pods", p.followPods)
 	background("recheck", p.recheck)
+	background("reap", p.connections.reap)
 	select {
 	case <-ctx.Done():
 		p.drain(groupCtx)
@@ -131,7 +132,7 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 	}
 	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	p.metrics = newMetrics(p.registry)
-	p.connections = newConnections(log.Access, p.metrics)
+	p.connections = newConnections(log.Access, p.metrics, cfg.Limits)
 	p.pool = hbone.NewPool(hbone.PoolConfig{Driver: p.driver, Log: log.Process})
 	p.pods = newPods(p)
 	p.source = newConfiguration(cfg, description, p.store, log.Process)

@@ -26,6 +26,8 @@ const (
 	reasonBadRequest
 	reasonSelfCall
 	reasonReset
+	reasonLimit
+	reasonIdle
 )
 
 // reasons gives each reason its flag (response_flags in metrics and access log) and the status a peer proxy is answered
@@ -45,6 +47,8 @@ var reasons = [...]struct {
 	reasonBadRequest:    {"BAD_REQUEST", http.StatusBadRequest},
 	reasonSelfCall:      {"SELF_CALL", http.StatusServiceUnavailable},
 	reasonReset:         {"-", http.StatusOK},
+	reasonLimit:         {"LIMIT", http.StatusServiceUnavailable},
+	reasonIdle:          {"IDLE", http.StatusOK},
 }
 
 func (r reason) flag() string { return reasons[r].flag }

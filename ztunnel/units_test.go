@@ -30,6 +30,7 @@ func TestConfigFromEnv(t *testing.T) {
 			TokenFile: "/var/run/secrets/tokens/istio-token"},
 		ZDSSocket: "/var/run/ztunnel/ztunnel.sock", BPFFS: "/sys/fs/bpf/fairlead",
 		AdminAddr: "localhost:15000", StatsAddr: ":15020", ReadinessAddr: ":15021", TerminationGrace: 5 * time.Second, LogLevel: "info",
+		Limits: Limits{Connections: 32768, Tunnels: 4096, PeerTunnels: 256, Streams: 1000, BufferedBytes: 256 << 20, HalfClosed: time.Hour},
 	}
 	for _, tc := range []struct {
 		name   string
@@ -48,6 +49,14 @@ func TestConfigFromEnv(t *testing.T) {
 		{"grace in seconds", map[string]string{"TERMINATION_GRACE_PERIOD": "30"}, func(c *Config) { c.TerminationGrace = 30 * time.Second }, ""},
 		{"grace as a duration", map[string]string{"TERMINATION_GRACE_PERIOD": "1m30s"}, func(c *Config) { c.TerminationGrace = 90 * time.Second }, ""},
 		{"address", map[string]string{"INSTANCE_IP": "fd00::1"}, func(c *Config) { c.InstanceIP = netip.MustParseAddr("fd00::1") }, ""},
+		{"limits", map[string]string{"FAIRLEAD_POD_MAX_CONNECTIONS": "1", "FAIRLEAD_POD_MAX_TUNNELS": "2", "FAIRLEAD_PEER_MAX_TUNNELS": "3",
+			"FAIRLEAD_TUNNEL_MAX_STREAMS": "4", "FAIRLEAD_POD_MAX_BUFFERED_BYTES": "5", "FAIRLEAD_HALF_CLOSED_TIMEOUT": "0"},
+			func(c *Config) {
+				c.Limits = Limits{Connections: 1, Tunnels: 2, PeerTunnels: 3, Streams: 4, BufferedBytes: 5}
+			}, ""},
+		{"no connections", map[string]string{"FAIRLEAD_POD_MAX_CONNECTIONS": "0"}, nil, "FAIRLEAD_POD_MAX_CONNECTIONS"},
+		{"bad number", map[string]string{"FAIRLEAD_POD_MAX_BUFFERED_BYTES": "1Gi"}, nil, "FAIRLEAD_POD_MAX_BUFFERED_BYTES"},
+		{"negative time", map[string]string{"FAIRLEAD_HALF_CLOSED_TIMEOUT": "-1s"}, nil, "FAIRLEAD_HALF_CLOSED_TIMEOUT"},
 		{"bad switch", map[string]string{"FAKE_CA": "perhaps"}, nil, "FAKE_CA"},
 		{"bad grace", map[string]string{"TERMINATION_GRACE_PERIOD": "soon"}, nil, "TERMINATION_GRACE_PERIOD"},
 		{"bad address", map[string]string{"INSTANCE_IP": "here"}, nil, "INSTANCE_IP"},

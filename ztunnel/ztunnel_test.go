@@ -26,6 +26,16 @@ import (
 // serveEcho answers on port inside ns with the client's address and a newline, and then with what it is sent.
 func serveEcho(t *testing.T, ns *os.File, port int) {
 	t.Helper()
+	accept(t, ns, port, func(conn net.Conn) {
+		peer := conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+		fmt.Fprintln(conn, peer)
+		io.Copy(conn, conn)
+	})
+}
+
+// accept serves each connection to port inside ns.
+func accept(t *testing.T, ns *os.File, port int, serve func(net.Conn)) {
+	t.Helper()
 	err := netns.Do(ns, func() error {
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err != nil {
@@ -40,9 +50,7 @@ func serveEcho(t *testing.T, ns *os.File, port int) {
 				}
 				go func() {
 					defer conn.Close()
-					peer := conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-					fmt.Fprintln(conn, peer)
-					io.Copy(conn, conn)
+					serve(conn)
 				}()
 			}
 		}()

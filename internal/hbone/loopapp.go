@@ -208,6 +208,7 @@ func (a *loopApp) frame(n int) {
 func (a *loopApp) end() {
 	t := a.t
 	a.outEnd = true
+	a.s.halfClosed.Store(true)
 	a.s.ms.DataHeader(t.buf[t.fill:], 0, true)
 	t.fill += machine.HeaderLen
 	t.mark()
@@ -225,7 +226,10 @@ func (a *loopApp) data(b []byte, end bool) {
 	if len(b) > 0 {
 		a.batch = append(a.batch, b)
 	}
-	a.inEnd = a.inEnd || end
+	if end {
+		a.inEnd = true
+		a.s.halfClosed.Store(true)
+	}
 	a.w.fedApp(a)
 }
 

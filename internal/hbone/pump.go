@@ -28,6 +28,7 @@ func (s *Stream) deliver(p []byte, end bool) bool {
 	}
 	if end {
 		s.rerr = io.EOF
+		s.halfClosed.Store(true)
 	}
 	s.readable.Broadcast()
 	return true

@@ -29,6 +29,7 @@ type Stream struct {
 	conn *connInfo
 
 	sent, received atomic.Int64 // application bytes taken from Write or the relayed socket; given to Read or it
+	halfClosed     atomic.Bool
 
 	mu       sync.Mutex
 	readable sync.Cond // rq, rerr, rdeadline
@@ -158,6 +159,7 @@ func (s *Stream) CloseWrite() error {
 		return err
 	}
 	s.wfin = true
+	s.halfClosed.Store(true)
 	s.writable.Broadcast()
 	s.mu.Unlock()
 	s.t.poke(s)
@@ -223,6 +225,9 @@ func (s *Stream) Relay(app *net.TCPConn, done func(relay.Result)) { s.t.relay(s,
 
 // Counters reads the application bytes so far: sent into the stream and received from it. It may be called at any time.
 func (s *Stream) Counters() (sent, received int64) { return s.sent.Load(), s.received.Load() }
+
+// HalfClosed says that one side or both have ended their direction. It may be called at any time.
+func (s *Stream) HalfClosed() bool { return s.halfClosed.Load() }
 
 // ConnectionState is the tunnel's TLS state: the peer's certificates, suite and curve. It must not be changed.
 func (s *Stream) ConnectionState() *tls.ConnectionState { return s.conn.tls }

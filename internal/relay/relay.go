@@ -33,6 +33,7 @@ var errCut = errors.New("relay was cut")
 type Handle struct {
 	a, b           *net.TCPConn
 	sent, received atomic.Int64
+	halfClosed     atomic.Bool
 
 	mu  sync.Mutex
 	err error // of whoever cut the relay first
@@ -64,6 +65,9 @@ func (h *Handle) Abort(err error) { h.cut(err) }
 // Counters reads the bytes carried so far, a to b and b to a. It may be called at any time.
 func (h *Handle) Counters() (sent, received int64) { return h.sent.Load(), h.received.Load() }
 
+// HalfClosed says that one side has ended its direction.
+func (h *Handle) HalfClosed() bool { return h.halfClosed.Load() }
+
 // cut closes both connections so that their other ends see a RST.
 func (h *Handle) cut(err error) {
 	if err == nil {
@@ -88,6 +92,7 @@ func (h *Handle) cut(err error) {
 func (h *Handle) carry(dst, src *net.TCPConn, count *atomic.Int64) {
 	err := move(dst, src, count)
 	if err == nil {
+		h.halfClosed.Store(true)
 		err = dst.CloseWrite()
 		if errors.Is(err, syscall.ENOTCONN) { // dst has gone away in both directions already, and that was no error
 			err = nil
