@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
@@ -36,7 +39,14 @@ func application(arguments string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	start := time.Now()
-	conn, err := dial(ctx, os.NewFile(3, "netns"), a)
+	var conn net.Conn
+	err := netns.Do(os.NewFile(3, "netns"), func() (err error) {
+		if err := become(a.User); err != nil {
+			return err
+		}
+		conn, err = dial(ctx, a)
+		return err
+	})
 	o.Took = time.Since(start)
 	if err != nil {
 		o.Error = err.Error()
@@ -49,18 +59,34 @@ func application(arguments string) {
 	}
 }
 
-func dial(ctx context.Context, ns *os.File, a attempt) (conn net.Conn, err error) {
+// become makes the calling thread alone one of another user, with all capabilities.
+func become(user int) error {
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETFSUID, uintptr(user), 0, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// dialAs connects from this process, as another user does.
+func dialAs(ctx context.Context, user int, ns *os.File, dst netip.AddrPort) (conn *net.TCPConn, err error) {
+	err = netns.Do(ns, func() error {
+		if err := become(user); err != nil {
+			return err
+		}
+		conn, err = netns.Dial(ctx, nil, netns.DialOptions{}, dst)
+		return errors.Join(err, become(0))
+	})
+	return conn, err
+}
+
+func dial(ctx context.Context, a attempt) (net.Conn, error) {
 	if !a.Dialer {
 		opts := netns.DialOptions{Source: a.Source, Mark: a.Mark, Device: a.Device}
-		return netns.Dial(ctx, ns, opts, a.Dst)
+		return netns.Dial(ctx, nil, opts, a.Dst)
 	}
 	var dialer net.Dialer
 	dialer.SetMultipathTCP(a.Multipath)
-	err = netns.Do(ns, func() error {
-		conn, err = dialer.DialContext(ctx, "tcp", a.Dst.String())
-		return err
-	})
-	return conn, err
+	return dialer.DialContext(ctx, "tcp", a.Dst.String())
 }
 
 // netnsState describes all that redirection may change in a namespace.
@@ -90,6 +116,17 @@ func netnsState(t *testing.T, ns *os.File) string {
 			for _, a := range addrs {
 				fmt.Fprintf(&state, "%d address %v\n", family, a.IPNet)
 			}
+		}
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		tables, err := conn.ListTables()
+		if err != nil {
+			return err
+		}
+		for _, table := range tables {
+			fmt.Fprintf(&state, "table %s\n", table.Name)
 		}
 		for _, s := range []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"} {
 			value, err := os.ReadFile("/proc/sys/net/" + s)

@@ -15,24 +15,33 @@ type ebpf struct {
 }
 
 // newEBPF makes the node ready: programs in the cgroup, probe sources on the host's lo.
-func newEBPF(cfg Config, host uint64) (*ebpf, error) {
-	if cfg.Cgroup == "" {
-		root, err := hostCgroup2("/proc/1")
-		if err != nil {
-			return nil, fmt.Errorf("redirection by eBPF needs cgroup2: %w", err)
-		}
-		cfg.Cgroup = root
+func newEBPF(cfg Config, host uint64) (backend, error) {
+	cgroup, err := cgroupOf(cfg)
+	if err != nil {
+		return nil, err
 	}
 	if err := netns.Do(cfg.HostNetns, ensureHost); err != nil {
 		return nil, fmt.Errorf("prepare the host for probes: %w", err)
 	}
 	node, err := bpf.Open(bpf.Config{
-		Dir: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6,
+		Dir: cfg.BPFFS, Cgroup: cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
 	}
 	return &ebpf{node}, nil
+}
+
+// cgroupOf is the cgroup2 directory that the node's programs are attached to.
+func cgroupOf(cfg Config) (string, error) {
+	if cfg.Cgroup != "" {
+		return cfg.Cgroup, nil
+	}
+	root, err := hostCgroup2("/proc/1")
+	if err != nil {
+		return "", fmt.Errorf("redirection by eBPF needs cgroup2: %w", err)
+	}
+	return root, nil
 }
 
 // hostCgroup2 finds the root of the cgroup2 hierarchy as a process sees it, normally the host's first. What this process
@@ -46,7 +55,7 @@ func hostCgroup2(process string) (string, error) {
 }
 
 func (e *ebpf) prepare(pod Pod, cookie uint64) error {
-	rules := Plan(PodConfig{IPs: pod.IPs})
+	rules := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
 	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
 		return fmt.Errorf("prepare the pod's network namespace: %w", err)
 	}
@@ -64,7 +73,7 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 	}
 	var rules bool
 	err = netns.Do(pod.Netns, func() error {
-		rules, err = held(Plan(PodConfig{IPs: pod.IPs}))
+		rules, err = held(Plan(PodConfig{Mode: EBPF, IPs: pod.IPs}))
 		return err
 	})
 	return rules, err
@@ -73,7 +82,7 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 func (e *ebpf) release(cookie uint64, _ *os.File) error { return e.node.RemovePod(cookie) }
 
 func (e *ebpf) remove(ns *os.File) error {
-	return netns.Do(ns, func() error { return remove(Plan(PodConfig{})) })
+	return netns.Do(ns, func() error { return remove(Plan(PodConfig{Mode: EBPF})) })
 }
 
 func (e *ebpf) prune(keep func(cookie uint64) bool) error { return e.node.Prune(keep) }

@@ -1,6 +1,7 @@
 package redirect_test
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -39,7 +41,7 @@ type lab struct {
 	redirector *redirect.Redirector
 }
 
-func newLab(t testing.TB) *lab {
+func newLab(t testing.TB, mode redirect.Mode) *lab {
 	t.Helper()
 	testenv.RequireBPF(t)
 	l := &lab{host: newNetns(t), pod: newNetns(t)}
@@ -50,7 +52,7 @@ func newLab(t testing.TB) *lab {
 	home := moveTo(t, l.makeCgroup(t, "proxy"))
 	t.Cleanup(func() { writeFile(t, filepath.Join(root, home, "cgroup.procs"), strconv.Itoa(os.Getpid())) })
 
-	l.cfg = redirect.Config{BPFFS: filepath.Join(t.TempDir(), "bpf"), Cgroup: l.cgroup, HostNetns: l.host}
+	l.cfg = redirect.Config{Mode: mode, BPFFS: filepath.Join(t.TempDir(), "bpf"), Cgroup: l.cgroup, HostNetns: l.host}
 	t.Cleanup(func() {
 		if err := redirect.Uninstall(l.cfg); err != nil {
 			t.Errorf("uninstall: %v", err)
@@ -222,7 +224,7 @@ func serve(t *testing.T, by string, l *net.TCPListener, to chan<- accepted) {
 				return
 			}
 			t.Cleanup(func() { c.Close() })
-			to <- accepted{by, addrPort(c.LocalAddr()), addrPort(c.RemoteAddr()), c}
+			to <- accepted{by, askedFor(c), addrPort(c.RemoteAddr()), c}
 		}
 	}()
 }
@@ -243,8 +245,47 @@ func listen(t *testing.T, by string, ns *os.File, addr netip.AddrPort, to chan<-
 	}
 }
 
-// proxy opens the proxy's six listeners in the pod and puts them in their slots.
+// proxy opens the proxy's six listeners in the pod where redirection leads to.
 func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListener {
+	t.Helper()
+	listeners := map[bpf.Slot]*net.TCPListener{}
+	for slot, row := range map[bpf.Slot]struct {
+		by   string
+		port uint16
+	}{
+		bpf.OutboundIPv4: {"outbound", 15001}, bpf.OutboundIPv6: {"outbound", 15001},
+		bpf.InboundPlaintextIPv4: {"plaintext", 15006}, bpf.InboundPlaintextIPv6: {"plaintext", 15006},
+		bpf.InboundHBONEIPv4: {"hbone", 15008}, bpf.InboundHBONEIPv6: {"hbone", 15008},
+	} {
+		ip, port := netip.MustParseAddr("127.0.0.1"), uint16(0)
+		if slot%2 == 1 {
+			ip = netip.IPv6Loopback()
+		}
+		if l.cfg.Mode == redirect.NFTables {
+			port = row.port
+			if ip = netip.IPv4Unspecified(); slot%2 == 1 {
+				ip = netip.IPv6Unspecified()
+			}
+		}
+		network := map[bool]string{true: "tcp4", false: "tcp6"}[ip.Is4()]
+		mark := netns.ProxyMark
+		if row.by == "outbound" && l.cfg.Mode == redirect.EBPF {
+			mark = netns.RedirectMark
+		}
+		listener, err := netns.Listen(l.pod, network, netip.AddrPortFrom(ip, port), mark, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		serve(t, row.by, listener, to)
+		listeners[slot] = listener
+	}
+	if l.cfg.Mode == redirect.EBPF {
+		l.fillSlots(t, listeners)
+	}
+	return listeners
+}
+
+func (l *lab) fillSlots(t *testing.T, listeners map[bpf.Slot]*net.TCPListener) {
 	t.Helper()
 	cookie, err := netns.Cookie(l.pod)
 	if err != nil {
@@ -255,25 +296,7 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		t.Fatal(err)
 	}
 	defer slots.Close()
-	listeners := map[bpf.Slot]*net.TCPListener{}
-	for slot, by := range map[bpf.Slot]string{
-		bpf.OutboundIPv4: "outbound", bpf.OutboundIPv6: "outbound",
-		bpf.InboundPlaintextIPv4: "plaintext", bpf.InboundPlaintextIPv6: "plaintext",
-		bpf.InboundHBONEIPv4: "hbone", bpf.InboundHBONEIPv6: "hbone",
-	} {
-		addr := netip.MustParseAddrPort("127.0.0.1:0")
-		if slot%2 == 1 {
-			addr = netip.MustParseAddrPort("[::1]:0")
-		}
-		mark := netns.ProxyMark
-		if by == "outbound" {
-			mark = netns.RedirectMark
-		}
-		listener, err := netns.Listen(l.pod, "tcp", addr, mark, true)
-		if err != nil {
-			t.Fatal(err)
-		}
-		serve(t, by, listener, to)
+	for slot, listener := range listeners {
 		raw, err := listener.SyscallConn()
 		if err != nil {
 			t.Fatal(err)
@@ -282,9 +305,36 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		if err != nil {
 			t.Fatal(err)
 		}
-		listeners[slot] = listener
 	}
-	return listeners
+}
+
+// askedFor is the address that a connection was opened to, which nftables has rewritten.
+func askedFor(c *net.TCPConn) netip.AddrPort {
+	const soOriginalDst = 80
+	local := addrPort(c.LocalAddr())
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return local
+	}
+	raw.Control(func(fd uintptr) {
+		var sa unix.RawSockaddrInet6
+		size, level := uint32(unix.SizeofSockaddrInet6), uintptr(unix.SOL_IPV6)
+		if local.Addr().Is4() {
+			level = unix.SOL_IP
+		}
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, level, soOriginalDst, uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), 0)
+		if errno != 0 {
+			return
+		}
+		port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&sa.Port))[:])
+		if local.Addr().Is4() {
+			four := (*unix.RawSockaddrInet4)(unsafe.Pointer(&sa))
+			local = netip.AddrPortFrom(netip.AddrFrom4(four.Addr), port)
+			return
+		}
+		local = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), port)
+	})
+	return local
 }
 
 // attempt is a connect made by an application, which is a process of its own.
@@ -297,6 +347,8 @@ type attempt struct {
 	Dialer bool
 	// Multipath asks for Multipath TCP.
 	Multipath bool
+	// User is the user id of who connects.
+	User int
 }
 
 // outcome is what the application saw.

@@ -15,6 +15,8 @@ import (
 const (
 	// Table is the routing table that delivers everything locally.
 	Table = 15001
+	// TableName is the nftables table, in a pod and on the host.
+	TableName = "fairlead"
 	// lookupPriority and refusePriority order the two rules right after the kernel's rule for local addresses.
 	lookupPriority = 1
 	refusePriority = 2
@@ -28,6 +30,10 @@ var (
 
 // PodConfig is what the rules of a pod follow from.
 type PodConfig struct {
+	// Mode is how the node redirects.
+	Mode Mode
+	// Released pods have only what connections need that are redirected already.
+	Released bool
 	// IPs are the pod's addresses, of either family or both.
 	IPs []netip.Addr
 }
@@ -37,6 +43,8 @@ type Rules struct {
 	Sysctls []Sysctl
 	Rules   []Rule
 	Routes  []Route
+	// Chains are those of table TableName; there are none where programs redirect.
+	Chains []Chain
 }
 
 // Sysctl is a kernel setting below /proc/sys/net.
@@ -70,14 +78,18 @@ type Route struct {
 // pair refuses what found no route by the first, as the packets of a socket that is bound to a device: without it they
 // would leave the pod by its default route.
 func Plan(pod PodConfig) Rules {
-	rules := Rules{
-		Sysctls: []Sysctl{
+	var rules Rules
+	switch pod.Mode {
+	case NFTables:
+		rules.Chains = podChains(pod)
+	default:
+		rules.Sysctls = []Sysctl{
 			// The application's end of a connection from the proxy answers with the mark that it was called with.
 			{Name: "ipv4/tcp_fwmark_accept", On: "1", Off: "0"},
 			// So does the kernel when nobody listens.
 			{Name: "ipv4/fwmark_reflect", On: "1", Off: "0"},
 			{Name: "ipv6/fwmark_reflect", On: "1", Off: "0"},
-		},
+		}
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		rules.Rules = append(rules.Rules,

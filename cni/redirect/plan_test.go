@@ -40,3 +40,29 @@ func TestPlan(t *testing.T) {
 		})
 	}
 }
+
+// TestPlanOfNFTables: routing is the same, chains take the place of the programs and of what they count on.
+func TestPlanOfNFTables(t *testing.T) {
+	compare := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+	ips := []netip.Addr{netip.MustParseAddr("10.0.0.1")}
+	ebpf, got := Plan(PodConfig{Mode: EBPF, IPs: ips}), Plan(PodConfig{Mode: NFTables, IPs: ips})
+	if diff := cmp.Diff([]any{ebpf.Rules, ebpf.Routes}, []any{got.Rules, got.Routes}, compare); diff != "" {
+		t.Errorf("rules and routes (-eBPF +nftables):\n%s", diff)
+	}
+	if len(ebpf.Chains) > 0 || len(got.Sysctls) > 0 {
+		t.Errorf("chains with eBPF: %v, sysctls with nftables: %v", ebpf.Chains, got.Sysctls)
+	}
+	// A released pod keeps the chains, without which the kernel would forget how it has rewritten connections.
+	released := Plan(PodConfig{Mode: NFTables, IPs: ips, Released: true}).Chains
+	steps := map[string][2]int{}
+	for i, c := range got.Chains {
+		if c.Name != released[i].Name {
+			t.Fatalf("chain %d is %s, when released %s", i, c.Name, released[i].Name)
+		}
+		steps[c.Name] = [2]int{len(c.Steps), len(released[i].Steps)}
+	}
+	want := map[string][2]int{"note": {1, 1}, "answer": {1, 1}, "in": {5, 0}, "out": {3, 0}, "last_in": {6, 0}, "last_out": {3, 0}}
+	if diff := cmp.Diff(want, steps); diff != "" {
+		t.Errorf("number of steps, redirected and released (-want +got):\n%s", diff)
+	}
+}

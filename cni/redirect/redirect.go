@@ -2,11 +2,12 @@ package redirect
 
 // A pod's TCP reaches the node proxy in these steps:
 //
-//  1. New chooses how the node redirects: by eBPF (ebpf.go).
-//  2. Plan (plan.go) decides the rules of the pod's network namespace: sysctls, ip rules, routes.
+//  1. New chooses how the node redirects (mode.go): by eBPF (ebpf.go), or by nftables (nft.go) where the kernel cannot.
+//  2. Plan (plan.go) decides the rules of the pod's network namespace: sysctls, ip rules, routes; chains (chains.go).
 //  3. Prepare makes them true (apply.go) and gives the proxy a place for its listeners.
 //  4. Ensure attaches the pod's programs. From then on bpf/connect.c marks what the application connects, the rules bring
 //     marked packets to lo, and bpf/lookup.c hands them, and what arrives from outside, to the proxy's listeners.
+//     With nftables it makes the chains (ruleset.go), which give connections to the proxy's ports.
 //
 // Next: bpf/connect.c
 
@@ -14,8 +15,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
@@ -23,6 +26,8 @@ import (
 
 // Config says where redirection finds the node.
 type Config struct {
+	// Mode is how to redirect; empty means Auto.
+	Mode Mode
 	// BPFFS is the directory for pins; see bpf.Config.
 	BPFFS string
 	// Cgroup is the cgroup2 directory under which the node's pods run; empty means the root of the hierarchy that process
@@ -59,8 +64,12 @@ type backend interface {
 // Redirector redirects the pods of one node. What it sets up stays when the process ends. Its methods are safe for
 // concurrent use.
 type Redirector struct {
+	mode    Mode
+	why     error
 	backend backend
-	host    uint64 // cookie of the host's network namespace
+	// former is of the other mode, which an earlier process used; nil if none did since the node was booted.
+	former backend
+	host   uint64 // cookie of the host's network namespace
 }
 
 // New makes the node ready. The error says what the machine lacks.
@@ -69,12 +78,34 @@ func New(cfg Config) (*Redirector, error) {
 	if err != nil {
 		return nil, fmt.Errorf("identify the host's network namespace: %w", err)
 	}
-	b, err := newEBPF(cfg, host)
-	if err != nil {
-		return nil, err
+	r := &Redirector{host: host}
+	r.mode, r.why = choose(cfg)
+	other, left := EBPF, bpf.Present(cfg.BPFFS)
+	if r.mode == EBPF {
+		other = NFTables
+		left, err = nftPresent(cfg)
 	}
-	return &Redirector{b, host}, nil
+	if err == nil && left {
+		r.former, err = newBackend(other, cfg, host)
+	}
+	if err == nil {
+		r.backend, err = newBackend(r.mode, cfg, host)
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.why, r.Close())
+	}
+	return r, nil
 }
+
+func newBackend(mode Mode, cfg Config, host uint64) (backend, error) {
+	if mode == EBPF {
+		return newEBPF(cfg, host)
+	}
+	return newNFT(cfg)
+}
+
+// Mode tells how the node redirects, and if that is by nftables for want of something, what eBPF lacks.
+func (r *Redirector) Mode() (mode Mode, why error) { return r.mode, r.why }
 
 // Prepare does what can be done for a pod without touching its traffic, so that the proxy can put its listeners in
 // place before Ensure. It returns the pod's cookie.
@@ -102,6 +133,11 @@ func (r *Redirector) Ensure(ctx context.Context, pod Pod) (uint64, error) {
 	if err := r.backend.ensure(pod, cookie); err != nil {
 		return 0, fmt.Errorf("redirect the pod: %w", err)
 	}
+	if r.former != nil {
+		if err := r.former.release(cookie, pod.Netns); err != nil {
+			return 0, fmt.Errorf("end the pod's former redirection: %w", err)
+		}
+	}
 	return cookie, nil
 }
 
@@ -118,8 +154,10 @@ func (r *Redirector) Holds(pod Pod) (bool, error) {
 // that is gone. Redirected connections go on, for which the pod's routes stay; they do nothing to packets without the
 // mark.
 func (r *Redirector) Release(cookie uint64, ns *os.File) error {
-	if err := r.backend.release(cookie, ns); err != nil {
-		return fmt.Errorf("stop redirecting the pod: %w", err)
+	for b := range r.backends() {
+		if err := b.release(cookie, ns); err != nil {
+			return fmt.Errorf("stop redirecting the pod: %w", err)
+		}
 	}
 	return nil
 }
@@ -133,22 +171,38 @@ func (r *Redirector) Remove(ns *os.File) error {
 	if err := r.Release(cookie, ns); err != nil {
 		return err
 	}
-	if err := r.backend.remove(ns); err != nil {
-		return fmt.Errorf("clean the pod's network namespace: %w", err)
+	for b := range r.backends() {
+		if err := b.remove(ns); err != nil {
+			return fmt.Errorf("clean the pod's network namespace: %w", err)
+		}
 	}
 	return nil
 }
 
 // Prune stops redirecting pods whose cookie keep says no to, as those whose network namespace is gone.
 func (r *Redirector) Prune(keep func(cookie uint64) bool) error {
-	if err := r.backend.prune(keep); err != nil {
-		return fmt.Errorf("forget pods that are gone: %w", err)
+	for b := range r.backends() {
+		if err := b.prune(keep); err != nil {
+			return fmt.Errorf("forget pods that are gone: %w", err)
+		}
 	}
 	return nil
 }
 
 // Pods lists the pods that the kernel redirects, also those set up by an earlier process.
-func (r *Redirector) Pods() ([]bpf.Pod, error) { return r.backend.pods() }
+func (r *Redirector) Pods() ([]bpf.Pod, error) {
+	var all []bpf.Pod
+	for b := range r.backends() {
+		some, err := b.pods()
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, slices.DeleteFunc(some, func(p bpf.Pod) bool {
+			return slices.ContainsFunc(all, func(other bpf.Pod) bool { return other.Cookie == p.Cookie })
+		})...)
+	}
+	return all, nil
+}
 
 // EnsureProxy exempts the node proxy, known by the id of its process, from redirection; see bpf.Node.EnsureProxy.
 func (r *Redirector) EnsureProxy(pid int) error { return r.backend.ensureProxy(pid) }
@@ -157,9 +211,26 @@ func (r *Redirector) EnsureProxy(pid int) error { return r.backend.ensureProxy(p
 func (r *Redirector) Counters() (map[string]uint64, error) { return r.backend.counters() }
 
 // Close releases this process's handles and leaves redirection in force.
-func (r *Redirector) Close() error { return r.backend.close() }
+func (r *Redirector) Close() error {
+	var errs []error
+	for b := range r.backends() {
+		errs = append(errs, b.close())
+	}
+	return errors.Join(errs...)
+}
 
-// Uninstall removes the node's part: programs, pins and probe sources. Pods are to be removed before.
+// backends are the one in use, and what is left of the other.
+func (r *Redirector) backends() iter.Seq[backend] {
+	return func(yield func(backend) bool) {
+		for _, b := range []backend{r.backend, r.former} {
+			if b != nil && !yield(b) {
+				return
+			}
+		}
+	}
+}
+
+// Uninstall removes the node's part: programs, pins, probe sources and tables. Pods are to be removed before.
 func Uninstall(cfg Config) error {
-	return errors.Join(bpf.Remove(cfg.BPFFS), netns.Do(cfg.HostNetns, removeHost))
+	return errors.Join(bpf.Remove(cfg.BPFFS), netns.Do(cfg.HostNetns, removeHost), netns.Do(cfg.HostNetns, removeTable))
 }

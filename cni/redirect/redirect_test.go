@@ -22,6 +22,7 @@ import (
 
 // family is one row of the table that every datapath test runs over.
 type family struct {
+	mode              redirect.Mode
 	name              string
 	pod, host, remote netip.Addr
 	probe             netip.Addr
@@ -29,8 +30,16 @@ type family struct {
 }
 
 var families = []family{
-	{"IPv4", pod4, host4, remote4, redirect.ProbeSource4, "0.0.0.0"},
-	{"IPv6", pod6, host6, remote6, redirect.ProbeSource6, "::"},
+	{redirect.EBPF, "IPv4", pod4, host4, remote4, redirect.ProbeSource4, "0.0.0.0"},
+	{redirect.EBPF, "IPv6", pod6, host6, remote6, redirect.ProbeSource6, "::"},
+	{redirect.NFTables, "IPv4 by nftables", pod4, host4, remote4, redirect.ProbeSource4, "0.0.0.0"},
+	{redirect.NFTables, "IPv6 by nftables", pod6, host6, remote6, redirect.ProbeSource6, "::"},
+}
+
+func inEachMode(t *testing.T, test func(*testing.T, redirect.Mode)) {
+	for _, mode := range []redirect.Mode{redirect.EBPF, redirect.NFTables} {
+		t.Run(string(mode), func(t *testing.T) { test(t, mode) })
+	}
 }
 
 func (f family) at(ip netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(ip, port) }
@@ -42,7 +51,7 @@ func (f family) anyPort(port uint16) netip.AddrPort {
 func TestOutbound(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			taken := make(chan accepted, 16)
 			listen(t, "server", l.host, f.at(f.remote, 80), taken)
 			dst := f.at(f.remote, 80)
@@ -68,29 +77,44 @@ func TestOutbound(t *testing.T) {
 			for _, tc := range []struct {
 				name string
 				attempt
+				// nftables is who takes the connection where the modes differ; "" is nobody.
+				nftables string
 			}{
-				{"plain", attempt{Dst: dst}},
-				{"a port nobody serves", attempt{Dst: f.at(f.remote, 4321)}},
-				{"bound to the pod's address", attempt{Dst: dst, Source: f.at(f.pod, 0)}},
-				{"bound to a device", attempt{Dst: dst, Device: "eth0"}},
-				{"with the proxy's mark", attempt{Dst: dst, Mark: netns.ProxyMark}},
-				{"with some mark", attempt{Dst: dst, Mark: 7}},
-				{"the host", attempt{Dst: f.at(f.host, 80)}},
-				{"as Go does", attempt{Dst: dst, Dialer: true}},
-				{"Multipath TCP", attempt{Dst: dst, Dialer: true, Multipath: true}},
+				{"plain", attempt{Dst: dst}, "outbound"},
+				{"a port nobody serves", attempt{Dst: f.at(f.remote, 4321)}, "outbound"},
+				{"bound to the pod's address", attempt{Dst: dst, Source: f.at(f.pod, 0)}, "outbound"},
+				{"bound to a device", attempt{Dst: dst, Device: "eth0"}, ""},
+				{"with the proxy's mark", attempt{Dst: dst, Mark: netns.ProxyMark}, "server"},
+				{"with some mark", attempt{Dst: dst, Mark: 7}, "outbound"},
+				{"the host", attempt{Dst: f.at(f.host, 80)}, "outbound"},
+				{"as Go does", attempt{Dst: dst, Dialer: true}, "outbound"},
+				{"Multipath TCP", attempt{Dst: dst, Dialer: true, Multipath: true}, "outbound"},
 			} {
 				t.Run(tc.name, func(t *testing.T) {
+					by := "outbound"
+					if f.mode == redirect.NFTables {
+						by = tc.nftables
+					}
 					o := l.app(t, tc.attempt)
+					if by == "" {
+						if o.Error == "" {
+							t.Fatalf("taken by %s, want it refused", next(t, taken).by)
+						}
+						return
+					}
 					if o.Error != "" {
 						t.Fatal(o.Error)
 					}
 					a := next(t, taken)
 					got := []string{a.by, a.local.String(), a.remote.String(), o.Remote.String(), o.Local.Addr().String()}
-					want := []string{"outbound", tc.Dst.String(), o.Local.String(), tc.Dst.String(), f.pod.String()}
+					want := []string{by, tc.Dst.String(), o.Local.String(), tc.Dst.String(), f.pod.String()}
 					if diff := cmp.Diff(want, got); diff != "" {
 						t.Errorf("taken by, proxy's local and remote, application's remote and local (-want +got):\n%s", diff)
 					}
 				})
+			}
+			if f.mode == redirect.NFTables {
+				return // nothing is counted
 			}
 			counters, err := l.redirector.Counters()
 			if err != nil || counters["forged_mark"] != 1 {
@@ -147,29 +171,35 @@ func TestClosedApplicationStillAnswersTheProxy(t *testing.T) {
 }
 
 func TestLinkLocalAddressesAreNoWayRound(t *testing.T) {
-	l := newLab(t)
-	taken := make(chan accepted, 16)
-	listen(t, "server", l.host, netip.MustParseAddrPort("[::]:80"), taken)
-	listen(t, "app", l.pod, netip.MustParseAddrPort("[::]:8080"), taken)
-	outwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.host, "pod").WithZone("eth0"), 80), Dialer: true}
-	inwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.pod, "eth0").WithZone("pod"), 8080), Dialer: true}
-	reached := func(o outcome) string {
-		t.Helper()
-		if o.Error != "" {
-			return o.Errno.Error()
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		taken := make(chan accepted, 16)
+		listen(t, "server", l.host, netip.MustParseAddrPort("[::]:80"), taken)
+		listen(t, "app", l.pod, netip.MustParseAddrPort("[::]:8080"), taken)
+		outwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.host, "pod").WithZone("eth0"), 80), Dialer: true}
+		inwards := attempt{Dst: netip.AddrPortFrom(linkLocal(t, l.pod, "eth0").WithZone("pod"), 8080), Dialer: true}
+		reached := func(o outcome) string {
+			t.Helper()
+			switch {
+			case o.Errno != 0:
+				return o.Errno.Error()
+			case o.Error != "":
+				return "lost"
+			}
+			return next(t, taken).by
 		}
-		return next(t, taken).by
-	}
-	inside := func() string { t.Helper(); return reached(l.app(t, outwards)) }
-	outside := func() string { t.Helper(); return reached(l.connect(t, "client", "app", l.host, inwards)) }
-	if in, out := outside(), inside(); in != "app" || out != "server" {
-		t.Fatalf("before: inwards %s, outwards %s", in, out)
-	}
-	l.ensure(t, pod4, pod6)
-	l.proxy(t, taken)
-	if in, out := outside(), inside(); in != "plaintext" || out != syscall.ENETUNREACH.Error() {
-		t.Errorf("inwards %s, outwards %s", in, out)
-	}
+		inside := func() string { t.Helper(); return reached(l.app(t, outwards)) }
+		outside := func() string { t.Helper(); return reached(l.connect(t, "client", "app", l.host, inwards)) }
+		if in, out := outside(), inside(); in != "app" || out != "server" {
+			t.Fatalf("before: inwards %s, outwards %s", in, out)
+		}
+		l.ensure(t, pod4, pod6)
+		l.proxy(t, taken)
+		want := map[redirect.Mode]string{redirect.EBPF: syscall.ENETUNREACH.Error(), redirect.NFTables: "lost"}[mode]
+		if in, out := outside(), inside(); in != "plaintext" || out != want {
+			t.Errorf("inwards %s, outwards %s", in, out)
+		}
+	})
 }
 
 // linkLocal waits for the interface's link-local address to be settled.
@@ -203,7 +233,7 @@ func linkLocal(t *testing.T, ns *os.File, device string) (found netip.Addr) {
 func TestLeftAlone(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			l.ensure(t, pod4, pod6)
 			taken := make(chan accepted, 16)
 			l.proxy(t, taken)
@@ -236,20 +266,26 @@ func TestLeftAlone(t *testing.T) {
 func TestInbound(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			taken := make(chan accepted, 16)
 			listen(t, "app", l.pod, f.anyPort(8080), taken)
-			client := func(comm, cgroup string, port uint16) accepted {
+			client := func(comm, cgroup string, port uint16, user int) accepted {
 				t.Helper()
-				o := l.connect(t, comm, cgroup, l.host, attempt{Dst: f.at(f.pod, port)})
+				o := l.connect(t, comm, cgroup, l.host, attempt{Dst: f.at(f.pod, port), User: user})
 				if o.Error != "" {
 					t.Fatalf("%s to port %d: %s", comm, port, o.Error)
 				}
 				return next(t, taken)
 			}
-			if a := client("client", "app", 8080); a.by != "app" {
+			if a := client("client", "app", 8080, 0); a.by != "app" {
 				t.Fatalf("before: taken by %s", a.by)
 			}
+			open, err := dialAs(soon(t), 1000, l.host, f.at(f.pod, 8080))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer open.Close()
+			openAtApp := next(t, taken)
 			l.makeCgroup(t, "kubepods/pod1")
 			reopened, err := redirect.New(l.cfg) // as the agent, which starts when there are pods
 			if err != nil {
@@ -258,6 +294,8 @@ func TestInbound(t *testing.T) {
 			defer reopened.Close()
 			l.ensure(t, pod4, pod6)
 			l.proxy(t, taken)
+			exchange(t, open, openAtApp.conn)
+			exchange(t, openAtApp.conn, open)
 			for _, tc := range []struct {
 				name, comm, cgroup string
 				port               uint16
@@ -271,7 +309,11 @@ func TestInbound(t *testing.T) {
 				{"a pod called kubelet", "kubelet", "kubepods/pod1", 8080, "plaintext", f.host},
 				{"one whose name begins like the kubelet's", "kubelet-not", "app", 8080, "plaintext", f.host},
 			} {
-				a := client(tc.comm, tc.cgroup, tc.port)
+				user := 0
+				if f.mode == redirect.NFTables && tc.by != "app" {
+					user = 1000 // of the host's processes, those of root are taken for the kubelet
+				}
+				a := client(tc.comm, tc.cgroup, tc.port, user)
 				if a.by != tc.by || a.remote.Addr() != tc.from || a.local != f.at(f.pod, tc.port) {
 					t.Errorf("%s: taken by %s, from %v to %v; want %s, from %v", tc.name, a.by, a.remote, a.local, tc.by, tc.from)
 				}
@@ -283,12 +325,15 @@ func TestInbound(t *testing.T) {
 func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			l.ensure(t, pod4, pod6)
 			taken := make(chan accepted, 16)
 			l.proxy(t, taken)
 			listen(t, "app", l.pod, f.anyPort(8080), taken)
 			opts := netns.DialOptions{Source: f.at(f.remote, 0), Mark: netns.RedirectMark, Device: "lo", Transparent: true}
+			if f.mode == redirect.NFTables {
+				opts.Mark, opts.Device = netns.ProxyMark, ""
+			}
 			conn, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 8080))
 			if err != nil {
 				t.Fatal(err)
@@ -309,7 +354,7 @@ func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
 func TestRefusedWhileTheProxyIsAway(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			l.ensure(t, pod4, pod6)
 			taken := make(chan accepted, 16)
 			listen(t, "server", l.host, f.at(f.remote, 80), taken)
@@ -318,8 +363,8 @@ func TestRefusedWhileTheProxyIsAway(t *testing.T) {
 				t.Helper()
 				for name, o := range map[string]outcome{
 					"outbound":      l.app(t, attempt{Dst: f.at(f.remote, 80)}),
-					"inbound":       l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 8080)}),
-					"inbound HBONE": l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 15008)}),
+					"inbound":       l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 8080), User: 1000}),
+					"inbound HBONE": l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 15008), User: 1000}),
 				} {
 					if o.Errno != syscall.ECONNREFUSED || o.Took > time.Second {
 						t.Errorf("%s, %s: %q after %v, want a refusal at once", when, name, o.Error, o.Took)
@@ -342,152 +387,160 @@ func TestRefusedWhileTheProxyIsAway(t *testing.T) {
 }
 
 func TestReleaseAndRemove(t *testing.T) {
-	l := newLab(t)
-	taken := make(chan accepted, 16)
-	listen(t, "server", l.host, netip.AddrPortFrom(remote4, 80), taken)
-	listen(t, "app", l.pod, netip.MustParseAddrPort("0.0.0.0:8080"), taken)
-	before := netnsState(t, l.pod)
-	hostBefore := netnsState(t, l.host)
-	l.ensure(t, pod4, pod6)
-	l.proxy(t, taken)
-	dst := netip.AddrPortFrom(remote4, 80)
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		taken := make(chan accepted, 16)
+		listen(t, "server", l.host, netip.AddrPortFrom(remote4, 80), taken)
+		listen(t, "app", l.pod, netip.MustParseAddrPort("0.0.0.0:8080"), taken)
+		before := netnsState(t, l.pod)
+		hostBefore := netnsState(t, l.host)
+		l.ensure(t, pod4, pod6)
+		l.proxy(t, taken)
+		dst := netip.AddrPortFrom(remote4, 80)
 
-	// A redirected connection in each direction that stays open. The application is this process, without the
-	// proxy's mark.
-	out, err := netns.Dial(soon(t), l.pod, netns.DialOptions{}, dst)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer out.Close()
-	outAtProxy := next(t, taken)
-	in, err := netns.Dial(soon(t), l.host, netns.DialOptions{}, netip.AddrPortFrom(pod4, 8080))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
-	inAtProxy := next(t, taken)
-	if outAtProxy.by != "outbound" || inAtProxy.by != "plaintext" {
-		t.Fatalf("taken by %s and %s", outAtProxy.by, inAtProxy.by)
-	}
-
-	cookie, err := netns.Cookie(l.pod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if err := l.redirector.Release(cookie, l.pod); err != nil {
+		// A redirected connection in each direction that stays open. The application is this process, without the
+		// proxy's mark.
+		out, err := netns.Dial(soon(t), l.pod, netns.DialOptions{}, dst)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	if _, err := bpf.OpenListeners(l.cfg.BPFFS, cookie); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("listeners of a released pod: %v", err)
-	}
-	exchange(t, out, outAtProxy.conn)
-	exchange(t, inAtProxy.conn, in)
-	if o := l.app(t, attempt{Dst: dst}); o.Error != "" || next(t, taken).by != "server" {
-		t.Errorf("released pod's connection did not go out as before: %s", o.Error)
-	}
-	if o := l.connect(t, "client", "app", l.host, attempt{Dst: netip.AddrPortFrom(pod4, 8080)}); o.Error != "" || next(t, taken).by != "app" {
-		t.Errorf("connection to a released pod did not reach the application: %s", o.Error)
-	}
-	for range 2 {
-		if err := l.redirector.Remove(l.pod); err != nil {
+		defer out.Close()
+		outAtProxy := next(t, taken)
+		in, err := dialAs(soon(t), 1000, l.host, netip.AddrPortFrom(pod4, 8080))
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	if diff := cmp.Diff(before, netnsState(t, l.pod)); diff != "" {
-		t.Errorf("the pod's namespace after removal (-before +after):\n%s", diff)
-	}
-	if err := redirect.Uninstall(l.cfg); err != nil {
-		t.Fatal(err)
-	}
-	hostAfter := netnsState(t, l.host)
-	for source := range map[netip.Addr]bool{redirect.ProbeSource4: true, redirect.ProbeSource6: true} {
-		if strings.Contains(hostAfter, source.String()) || !strings.Contains(hostBefore, source.String()) {
-			t.Errorf("probe source %v: before %v, after %v", source, hostBefore, hostAfter)
+		defer in.Close()
+		inAtProxy := next(t, taken)
+		if outAtProxy.by != "outbound" || inAtProxy.by != "plaintext" {
+			t.Fatalf("taken by %s and %s", outAtProxy.by, inAtProxy.by)
 		}
-	}
-	if _, err := os.Stat(l.cfg.BPFFS); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the BPF file system is still there: %v", err)
-	}
+
+		cookie, err := netns.Cookie(l.pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := l.redirector.Release(cookie, l.pod); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := bpf.OpenListeners(l.cfg.BPFFS, cookie); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("listeners of a released pod: %v", err)
+		}
+		exchange(t, out, outAtProxy.conn)
+		exchange(t, inAtProxy.conn, in)
+		if o := l.app(t, attempt{Dst: dst}); o.Error != "" || next(t, taken).by != "server" {
+			t.Errorf("released pod's connection did not go out as before: %s", o.Error)
+		}
+		if o := l.connect(t, "client", "app", l.host, attempt{Dst: netip.AddrPortFrom(pod4, 8080)}); o.Error != "" || next(t, taken).by != "app" {
+			t.Errorf("connection to a released pod did not reach the application: %s", o.Error)
+		}
+		for range 2 {
+			if err := l.redirector.Remove(l.pod); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if diff := cmp.Diff(before, netnsState(t, l.pod)); diff != "" {
+			t.Errorf("the pod's namespace after removal (-before +after):\n%s", diff)
+		}
+		if err := redirect.Uninstall(l.cfg); err != nil {
+			t.Fatal(err)
+		}
+		hostAfter := netnsState(t, l.host)
+		traces := []string{redirect.ProbeSource4.String(), redirect.ProbeSource6.String()}
+		if mode == redirect.NFTables {
+			traces = []string{"table " + redirect.TableName}
+		}
+		for _, trace := range traces {
+			if strings.Contains(hostAfter, trace) || !strings.Contains(hostBefore, trace) {
+				t.Errorf("%s on the host: before %v, after %v", trace, hostBefore, hostAfter)
+			}
+		}
+		if _, err := os.Stat(l.cfg.BPFFS); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the BPF file system is still there: %v", err)
+		}
+	})
 }
 
 func TestEnsureIsIdempotentAndReadsBack(t *testing.T) {
-	l := newLab(t)
-	taken := make(chan accepted, 64)
-	pod := l.podOf(pod4, pod6)
-	if holds, err := l.redirector.Holds(pod); err != nil || holds {
-		t.Errorf("holds before Ensure: %v, %v", holds, err)
-	}
-	l.ensure(t, pod4, pod6)
-	state := netnsState(t, l.pod)
-	l.proxy(t, taken)
-	for range 3 {
-		// Each round is another agent's life.
-		r, err := redirect.New(l.cfg)
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		taken := make(chan accepted, 64)
+		pod := l.podOf(pod4, pod6)
+		if holds, err := l.redirector.Holds(pod); err != nil || holds {
+			t.Errorf("holds before Ensure: %v, %v", holds, err)
+		}
+		l.ensure(t, pod4, pod6)
+		state := netnsState(t, l.pod)
+		l.proxy(t, taken)
+		for range 3 {
+			// Each round is another agent's life.
+			r, err := redirect.New(l.cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pods, err := r.Pods()
+			if err != nil {
+				t.Fatal(err)
+			}
+			cookie, err := r.Ensure(t.Context(), pod)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := []bpf.Pod{{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}}
+			if diff := cmp.Diff(want, pods, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+				t.Errorf("pods read back (-want +got):\n%s", diff)
+			}
+			if holds, err := r.Holds(pod); err != nil || !holds {
+				t.Errorf("holds after Ensure: %v, %v", holds, err)
+			}
+			if err := r.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if o := l.app(t, attempt{Dst: netip.AddrPortFrom(remote4, 80)}); o.Error != "" || next(t, taken).by != "outbound" {
+				t.Errorf("after taking over: %s", o.Error)
+			}
+		}
+		if diff := cmp.Diff(state, netnsState(t, l.pod)); diff != "" {
+			t.Errorf("the pod's namespace changed (-first +last):\n%s", diff)
+		}
+		// Someone takes a rule away: seen, and put back.
+		err := netns.Do(l.pod, func() error {
+			rule := netlink.NewRule()
+			rule.Priority, rule.Family = 1, netlink.FAMILY_V6
+			return netlink.RuleDel(rule)
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		pods, err := r.Pods()
-		if err != nil {
+		if holds, err := l.redirector.Holds(pod); err != nil || holds {
+			t.Errorf("holds without one of its rules: %v, %v", holds, err)
+		}
+		l.ensure(t, pod4, pod6)
+		if holds, err := l.redirector.Holds(pod); err != nil || !holds {
+			t.Errorf("holds after repair: %v, %v", holds, err)
+		}
+		if err := l.redirector.Prune(func(uint64) bool { return false }); err != nil {
 			t.Fatal(err)
 		}
-		cookie, err := r.Ensure(t.Context(), pod)
-		if err != nil {
-			t.Fatal(err)
+		if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
+			t.Errorf("pods after pruning all: %v, %v", pods, err)
 		}
-		want := []bpf.Pod{{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}}
-		if diff := cmp.Diff(want, pods, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
-			t.Errorf("pods read back (-want +got):\n%s", diff)
-		}
-		if holds, err := r.Holds(pod); err != nil || !holds {
-			t.Errorf("holds after Ensure: %v, %v", holds, err)
-		}
-		if err := r.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if o := l.app(t, attempt{Dst: netip.AddrPortFrom(remote4, 80)}); o.Error != "" || next(t, taken).by != "outbound" {
-			t.Errorf("after taking over: %s", o.Error)
-		}
-	}
-	if diff := cmp.Diff(state, netnsState(t, l.pod)); diff != "" {
-		t.Errorf("the pod's namespace changed (-first +last):\n%s", diff)
-	}
-	// Someone takes a rule away: seen, and put back.
-	err := netns.Do(l.pod, func() error {
-		rule := netlink.NewRule()
-		rule.Priority, rule.Family = 1, netlink.FAMILY_V6
-		return netlink.RuleDel(rule)
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if holds, err := l.redirector.Holds(pod); err != nil || holds {
-		t.Errorf("holds without one of its rules: %v, %v", holds, err)
-	}
-	l.ensure(t, pod4, pod6)
-	if holds, err := l.redirector.Holds(pod); err != nil || !holds {
-		t.Errorf("holds after repair: %v, %v", holds, err)
-	}
-	if err := l.redirector.Prune(func(uint64) bool { return false }); err != nil {
-		t.Fatal(err)
-	}
-	if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
-		t.Errorf("pods after pruning all: %v, %v", pods, err)
-	}
 }
 
 func TestPodsOfOneFamily(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			l.ensure(t, f.pod)
 			taken := make(chan accepted, 4)
 			l.proxy(t, taken)
 			if o := l.app(t, attempt{Dst: f.at(f.remote, 80)}); o.Error != "" || next(t, taken).by != "outbound" {
 				t.Errorf("outbound: %s", o.Error)
 			}
-			if o := l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 80)}); o.Error != "" || next(t, taken).by != "plaintext" {
+			if o := l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, 80), User: 1000}); o.Error != "" || next(t, taken).by != "plaintext" {
 				t.Errorf("inbound: %s", o.Error)
 			}
 		})
@@ -495,19 +548,21 @@ func TestPodsOfOneFamily(t *testing.T) {
 }
 
 func TestRefusesTheHostItself(t *testing.T) {
-	l := newLab(t)
-	_, err := l.redirector.Ensure(t.Context(), redirect.Pod{UID: "x", Netns: l.host, IPs: []netip.Addr{host4}})
-	if err == nil {
-		t.Error("the host's network namespace was redirected")
-	}
-	if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
-		t.Errorf("pods: %v, %v", pods, err)
-	}
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		_, err := l.redirector.Ensure(t.Context(), redirect.Pod{UID: "x", Netns: l.host, IPs: []netip.Addr{host4}})
+		if err == nil {
+			t.Error("the host's network namespace was redirected")
+		}
+		if pods, err := l.redirector.Pods(); err != nil || len(pods) != 0 {
+			t.Errorf("pods: %v, %v", pods, err)
+		}
+	})
 }
 
 // BenchmarkEnsure is the agent's own part of a pod's start.
 func BenchmarkEnsure(b *testing.B) {
-	l := newLab(b)
+	l := newLab(b, redirect.EBPF)
 	for b.Loop() {
 		b.StopTimer()
 		ns, err := netns.New()
