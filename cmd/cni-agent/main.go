@@ -22,6 +22,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/cni/agent"
 	"github.com/fairlead-mesh/fairlead/cni/install"
+	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
 
@@ -64,6 +65,7 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&cfg.EventSocket, "cni-event-socket", agent.DefaultEventSocket, "Unix socket for the CNI plugin")
 	flags.StringVar(&cfg.ZDSSocket, "zds-socket", zds.DefaultSocket, "Unix socket for the node proxy")
 	flags.StringVar(&cfg.RunDir, "run-dir", "/var/run/istio-cni", "where the agent keeps what it must know after a restart")
+	mode := flags.String("redirection", string(redirect.Auto), "how pods' connections are redirected: ebpf, nftables, or auto, which is ebpf where the kernel can do it")
 	flags.StringVar(&cfg.BPFFS, "bpffs", bpf.DefaultDir, "directory to pin redirection in; a BPF file system is mounted if it is on none")
 	flags.StringVar(&cfg.Cgroup, "cgroup", "", "cgroup2 directory that all pods and the node proxy run below; empty: the root of the hierarchy")
 	flags.StringVar(&cfg.HostNetns, "host-netns", "/proc/1/ns/net", "network namespace that the kubelet runs in")
@@ -84,6 +86,9 @@ func parse(arguments []string) (o options, err error) {
 	}
 	if flags.NArg() > 0 {
 		return o, fmt.Errorf("unknown argument %q", flags.Arg(0))
+	}
+	if cfg.Redirection, err = redirect.ParseMode(*mode); err != nil {
+		return o, err
 	}
 	cfg.ExcludeNamespaces = strings.FieldsFunc(*exclude, func(r rune) bool { return r == ',' })
 	o.install.EventSocket, o.install.ExcludeNamespaces = cfg.EventSocket, cfg.ExcludeNamespaces

@@ -47,6 +47,8 @@ type Config struct {
 	EventSocket, ZDSSocket string
 	// RunDir is where the agent keeps what it must know after a restart, but not after a reboot.
 	RunDir string
+	// Redirection is how pods' connections are redirected; empty means redirect.Auto.
+	Redirection redirect.Mode
 	// BPFFS is the directory that redirection is pinned in.
 	BPFFS string
 	// Cgroup is the cgroup2 directory that all pods, and the node proxy, run below; empty means the root.
@@ -93,6 +95,10 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		return err
 	}
 	defer redirector.Close()
+	mode, why := redirector.Mode()
+	if why != nil {
+		log.Warn("redirection is by nftables, because this node cannot redirect by eBPF", zap.Error(why))
+	}
 	if a.enrol, err = newEnroller(cfg, log, redirector, host); err != nil {
 		return err
 	}
@@ -115,7 +121,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	}
 	group.Go(func() error { return a.start(ctx) })
 	log.Info("cni-agent runs", zap.String("node", cfg.NodeName), zap.String("eventSocket", cfg.EventSocket),
-		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
+		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("redirection", string(mode)), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
 	err = group.Wait()
 	if err == nil || errors.Is(err, context.Canceled) {
 		return a.leave(c, host)
@@ -124,7 +130,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 }
 
 func redirectConfig(cfg Config, host *os.File) redirect.Config {
-	return redirect.Config{BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host}
+	return redirect.Config{Mode: cfg.Redirection, BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host}
 }
 
 // newEnroller reads the records of the agent before.

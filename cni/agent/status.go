@@ -28,6 +28,7 @@ func newMetrics() *metrics {
 
 // watch adds what is read when somebody asks.
 func (m *metrics) watch(e *enroller, w *watcher) {
+	mode, _ := e.redirector.Mode()
 	m.registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "fairlead_cni_captured_pods", Help: "Pods whose TCP is redirected to the node proxy.",
@@ -46,6 +47,10 @@ func (m *metrics) watch(e *enroller, w *watcher) {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "fairlead_cni_connected_proxies", Help: "Node proxies that are connected.",
 		}, func() float64 { return float64(len(e.proxies.Peers())) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "fairlead_cni_redirection", Help: "1 for the way in which this node redirects pods' connections.",
+			ConstLabels: prometheus.Labels{"mode": string(mode)},
+		}, func() float64 { return 1 }),
 		kernelCounters{e, prometheus.NewDesc("fairlead_cni_kernel_connections_total",
 			"What the redirection programs did with connections.", []string{"what"}, nil)},
 	)

@@ -112,7 +112,8 @@ func enter(ns *os.File, f func() error) (err error) {
 }
 
 // Cookie returns the number by which the kernel knows the network namespace for as long as it exists; no other
-// namespace gets it before the next boot (SO_NETNS_COOKIE, Linux 5.14). A nil ns means the process's own.
+// namespace gets it before the next boot (SO_NETNS_COOKIE, Linux 5.14; before that it is the namespace's inode, which may
+// come back once the namespace is gone). A nil ns means the process's own.
 func Cookie(ns *os.File) (uint64, error) {
 	var cookie uint64
 	err := Do(ns, func() error {
@@ -122,12 +123,24 @@ func Cookie(ns *os.File) (uint64, error) {
 		}
 		defer unix.Close(fd)
 		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			cookie, err = inode("/proc/thread-self/ns/net")
+		}
 		if err != nil {
 			return fmt.Errorf("read the network namespace's cookie: %w", err)
 		}
 		return nil
 	})
 	return cookie, err
+}
+
+// inode is the number of a file, that of a namespace here.
+func inode(path string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, err
+	}
+	return st.Ino, nil
 }
 
 // Same tells whether two files refer to the same namespace.
