@@ -124,14 +124,12 @@ func TestOutbound(t *testing.T) {
 	}
 }
 
-// An IPv6 address of the link can only be reached by naming the interface, which no route to the proxy does: refused
-// outwards, taken by the proxy inwards.
 // The application has closed, and what is left of its socket (TIME-WAIT) must still reach the proxy with its last ACK:
 // else the proxy's end stays in LAST-ACK for minutes, and the application's next connection from the same port hangs.
 func TestClosedApplicationStillAnswersTheProxy(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t)
+			l := newLab(t, f.mode)
 			taken := make(chan accepted, 1)
 			l.ensure(t, pod4, pod6)
 			l.proxy(t, taken)
@@ -170,6 +168,8 @@ func TestClosedApplicationStillAnswersTheProxy(t *testing.T) {
 	}
 }
 
+// An IPv6 address of the link can only be reached by naming the interface, which no route to the proxy does: refused
+// outwards, taken by the proxy inwards.
 func TestLinkLocalAddressesAreNoWayRound(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
 		l := newLab(t, mode)
