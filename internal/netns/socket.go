@@ -50,6 +50,8 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, trans
 		{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only, addr.Addr().Is6()},
 		{unix.SOL_SOCKET, unix.SO_MARK, int(mark), true},
 		{unix.SOL_IP, unix.IP_TRANSPARENT, 1, transparent},
+		// An urgent byte stays where it is in the stream (RFC 6093); else it would be lost. Accepted sockets inherit it.
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1, true},
 	}
 	if err := setAll(fd, set); err != nil {
 		return fail(closeAll(err, fd))
@@ -135,6 +137,7 @@ func prepare(fd int, opts DialOptions) error {
 		// With a port of 0 the kernel may wait until connect to choose it, and then only the four-tuple must be free.
 		{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1, opts.Source.IsValid() && opts.Source.Port() == 0},
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1, true},
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1, true}, // as in Listen
 	}
 	if err := setAll(fd, set); err != nil {
 		return err

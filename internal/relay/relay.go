@@ -44,8 +44,14 @@ type Handle struct {
 func Splice(a, b *net.TCPConn, done func(Result)) *Handle {
 	h := &Handle{a: a, b: b}
 	var wg sync.WaitGroup
-	wg.Go(func() { h.carry(b, a, &h.sent) })
-	wg.Go(func() { h.carry(a, b, &h.received) })
+	wg.Add(2)
+	direction := func(dst, src *net.TCPConn, count *atomic.Int64) {
+		h.carry(dst, src, count)
+		wg.Done()
+		h.watch(src)
+	}
+	go direction(b, a, &h.sent)
+	go direction(a, b, &h.received)
 	go func() {
 		wg.Wait()
 		a.Close()
@@ -103,6 +109,24 @@ func (h *Handle) carry(dst, src *net.TCPConn, count *atomic.Int64) {
 	}
 }
 
+// watch cuts the relay when src, which has ended its direction, is reset: nobody reads from it any more, and its writer
+// would hear of it only at the write after next. It returns when the relay has closed src.
+func (h *Handle) watch(src *net.TCPConn) {
+	raw, err := src.SyscallConn()
+	if err != nil {
+		return
+	}
+	var errno int
+	var asked error
+	err = raw.Read(func(fd uintptr) bool {
+		errno, asked = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+		return errno != 0 || asked != nil
+	})
+	if err == nil && asked == nil { // else src has been closed, which is how it usually ends
+		h.cut(syscall.Errno(errno))
+	}
+}
+
 // move splices from src to dst until src ends.
 func move(dst, src *net.TCPConn, count *atomic.Int64) error {
 	in, err := src.SyscallConn()
@@ -122,7 +146,15 @@ func move(dst, src *net.TCPConn, count *atomic.Int64) error {
 	// A smaller pipe than asked for (a limit of the user's) only costs more calls.
 	_, _ = unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize)
 	for {
-		n, err := splice(in.Read, func(fd int) (int64, error) { return unix.Splice(fd, nil, p[1], nil, pipeSize, unix.SPLICE_F_NONBLOCK) })
+		n, err := splice(in.Read, func(fd int) (int64, error) {
+			n, err := unix.Splice(fd, nil, p[1], nil, pipeSize, unix.SPLICE_F_NONBLOCK)
+			if err == unix.EAGAIN || n == 0 && err == nil {
+				if mark, _ := unix.IoctlGetInt(fd, unix.SIOCATMARK); mark != 0 {
+					return pastUrgent(fd, p[1])
+				}
+			}
+			return n, err
+		})
 		if err != nil || n == 0 {
 			return err
 		}
@@ -135,6 +167,18 @@ func move(dst, src *net.TCPConn, count *atomic.Int64) error {
 			count.Add(k)
 		}
 	}
+}
+
+// pastUrgent moves the urgent byte that fd is at (RFC 6093) into the pipe: splice sees nothing there, or the end, while
+// bytes wait behind it.
+func pastUrgent(fd, pipe int) (int64, error) {
+	var b [1]byte
+	n, err := unix.Read(fd, b[:])
+	if err != nil || n == 0 {
+		return int64(n), err
+	}
+	n, err = unix.Write(pipe, b[:n])
+	return int64(n), err
 }
 
 // splice calls f when wait finds the socket ready, until f gives something else than "not now".

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func tcpPair(t testing.TB) (a, b *net.TCPConn) {
@@ -114,6 +116,68 @@ func TestResetIsPassedOn(t *testing.T) {
 				t.Errorf("result %+v", r)
 			}
 		})
+	}
+}
+
+// TestUrgentByte: what follows an urgent byte arrives, at once and after the end, and the byte itself where the socket
+// keeps it in line.
+func TestUrgentByte(t *testing.T) {
+	for name, rest := range map[string]string{"last": "", "amid": "after"} {
+		t.Run(name, func(t *testing.T) {
+			left, a := tcpPair(t)
+			b, right := tcpPair(t)
+			a.SetDeadline(time.Time{})
+			b.SetDeadline(time.Time{})
+			setsockopt(t, a, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+			Splice(a, b, func(Result) {})
+			got := make([]byte, 7)
+			left.Write([]byte("before"))
+			io.ReadFull(right, got[:6])
+			raw, err := left.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) }); err != nil {
+				t.Fatal(err)
+			}
+			left.Write([]byte(rest))
+			if n, err := io.ReadFull(right, got[:1+len(rest)]); err != nil || string(got[:n]) != "!"+rest {
+				t.Errorf("got %q, %v", got[:n], err)
+			}
+			left.CloseWrite()
+			if n, err := right.Read(got); n != 0 || err != io.EOF {
+				t.Errorf("then %d bytes, %v", n, err)
+			}
+		})
+	}
+}
+
+func setsockopt(t *testing.T, c *net.TCPConn, level, name, value int) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set error
+	if err := raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), level, name, value) }); err != nil || set != nil {
+		t.Fatal(err, set)
+	}
+}
+
+// TestResetAfterHalfClose: an end that has said all, and is then gone for good, resets the other end while nobody writes.
+func TestResetAfterHalfClose(t *testing.T) {
+	left, right, _, res := joined(t)
+	left.CloseWrite()
+	if _, err := right.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatal(err)
+	}
+	left.SetLinger(0)
+	left.Close()
+	if r := result(t, res); !r.Reset {
+		t.Errorf("result %+v", r)
+	}
+	if _, err := right.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("the other end's next write gives %v", err)
 	}
 }
 

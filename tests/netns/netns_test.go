@@ -60,7 +60,7 @@ func newFixture(t *testing.T, labels map[string]string) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	f := &fixture{World: w, t: t, ctx: ctx, cniBefore: map[string]string{}}
 	t.Cleanup(func() {
 		if t.Failed() {

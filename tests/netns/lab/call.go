@@ -37,11 +37,17 @@ type Call struct {
 	SameConnection bool
 	// Timeout bounds each exchange, connecting included; 0 means 3 s.
 	Timeout time.Duration
+	// Conversation makes the call one of Conversations, whose port To has, and Answered asks the server's program what it
+	// saw of the last one. All other fields are ignored.
+	Conversation string
+	Answered     bool
 }
 
 // Answer is what came of a Call.
 type Answer struct {
 	Attempts []Attempt
+	// Words are what a side of a conversation saw.
+	Words string
 }
 
 // Attempt is one exchange.

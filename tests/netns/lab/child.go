@@ -25,7 +25,13 @@ const maxAttempts = 20000
 // runProgram takes calls from descriptor 3 until it is closed, and with serve answers other programs' calls.
 func runProgram(serve bool) {
 	name := os.Getenv("POD_NAME")
+	var said map[string]chan string
 	if serve {
+		var err error
+		if said, err = listenConversations(); err != nil {
+			fmt.Fprintln(os.Stderr, "listen:", err)
+			os.Exit(1)
+		}
 		for port, f := range map[int]func(net.Listener, string) error{PortHTTP: serveHTTP, PortTCP: serveTCP} {
 			l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 			if err != nil {
@@ -58,7 +64,12 @@ func runProgram(serve bool) {
 		cancels[r.Number] = cancel
 		mu.Unlock()
 		go func() {
-			a := try(ctx, *r.Call)
+			var a Answer
+			if r.Call.Conversation != "" {
+				a.Words = converse(ctx, *r.Call, said)
+			} else {
+				a = try(ctx, *r.Call)
+			}
 			cancel()
 			mu.Lock()
 			defer mu.Unlock()

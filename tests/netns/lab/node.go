@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -160,4 +161,17 @@ func (n *Node) gateways() []netip.Addr {
 		all = append(all, hostOf(p, 1))
 	}
 	return all
+}
+
+// NoRoute makes an address among the node's pods that nothing answers from: packets to it are dropped without a word
+// (silent), or answered with "host unreachable".
+func (n *Node) NoRoute(silent bool) (netip.Addr, error) {
+	kind, number := unix.RTN_UNREACHABLE, 251
+	if silent {
+		kind, number = unix.RTN_BLACKHOLE, 250
+	}
+	addr := hostOf(podPrefixes(n.index)[0], number)
+	return addr, n.thread.do(func() error {
+		return netlink.RouteReplace(&netlink.Route{Dst: ipNet(netip.PrefixFrom(addr, addr.BitLen())), Type: kind})
+	})
 }
