@@ -62,6 +62,7 @@ type pooled struct {
 	max      int
 	used     bool // has carried a stream
 	leaving  bool // takes no new streams
+	giving   bool // stands still for another process, or is about to
 	idle     *time.Timer
 	finished bool
 }
@@ -191,7 +192,7 @@ func (p *Pool) reserve(ctx context.Context, key Key, dial Dialer) (t *pooled, re
 func (e *peer) pick() *pooled {
 	var best *pooled
 	for _, t := range e.tunnels {
-		if !t.leaving && t.streams < t.max && (best == nil || t.streams > best.streams) {
+		if !t.leaving && !t.giving && t.streams < t.max && (best == nil || t.streams > best.streams) {
 			best = t
 		}
 	}

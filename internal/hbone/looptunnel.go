@@ -45,8 +45,11 @@ type loopTunnel struct {
 	life   liveness
 	window window
 	timer  *time.Timer
-	dead   bool
+	dead   bool // it does nothing any more: ended, or standing still for another process (errFrozen)
 	err    error
+
+	keeping bool // new CONNECTs are kept, because the tunnel is about to be handed over
+	kept    []waiting
 
 	pokeMu   sync.Mutex
 	poked    []*Stream
@@ -82,6 +85,10 @@ func (t *loopTunnel) connect(s *Stream, req *Request) {
 	authority, header := req.Authority, req.Header
 	t.w.loop.Post(func() {
 		if t.dead {
+			if t.err == errFrozen {
+				s.end(errTunnelDraining)
+				return
+			}
 			s.end(&TunnelError{Err: t.err})
 			return
 		}
@@ -355,6 +362,10 @@ func (t *loopTunnel) act(ev *machine.Event) {
 		s.ms, ev.Stream.User = ev.Stream, s
 		if ev.End {
 			s.deliver(nil, true)
+		}
+		if t.keeping {
+			t.kept = append(t.kept, waiting{s, *ev})
+			return
 		}
 		t.tc.events.incoming(newIncoming(s, t, ev))
 	case machine.Answer:

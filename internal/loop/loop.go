@@ -134,6 +134,22 @@ func (l *Loop) Close(fd int) {
 	unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
 }
 
+// Remove takes fd out without closing it; its handler is not called again. Closing is not enough for a descriptor that
+// another process has as well: epoll would go on to report it.
+func (l *Loop) Remove(fd int) {
+	l.slots[fd] = slot{}
+	unix.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(l.ep), unix.EPOLL_CTL_DEL, uintptr(fd), 0, 0, 0)
+}
+
+// Each calls f for the handler of every descriptor.
+func (l *Loop) Each(f func(Handler)) {
+	for _, s := range l.slots {
+		if s.h != nil {
+			f(s.h)
+		}
+	}
+}
+
 // pending takes what epoll has, without waiting.
 func (l *Loop) pending() int {
 	n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.evs[0])), uintptr(len(l.evs)), 0, 0, 0)
