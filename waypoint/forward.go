@@ -75,10 +75,18 @@ func (f *forwarder) transport() *http.Transport {
 	}
 }
 
+// close ends idle connections and gives their far ends a moment to end theirs, so that nobody takes the end for a loss.
 func (f *forwarder) close() {
 	f.http1.CloseIdleConnections()
 	f.http2.CloseIdleConnections()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	_ = f.pool.Drain(ctx) // what has not ended by then is cut
+	f.pool.Close()
 }
+
+// closeTimeout is how long the end of the process waits for tunnels to say goodbye.
+const closeTimeout = time.Second
 
 // forever is longer than any request.
 const forever = 10 * 365 * 24 * time.Hour

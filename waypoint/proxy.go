@@ -88,7 +88,6 @@ func Run(ctx context.Context, cfg Config) error {
 	stop()
 	p.http.Close()
 	err = group.Wait()
-	pool.Close()
 	p.forwarder.close()
 	certificates.Wait()
 	return errors.Join(err, ca.Close())
