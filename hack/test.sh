@@ -2,7 +2,8 @@
 # Runs the tests, all or the parts that are named, and says at the end how each went.
 #   hack/test.sh               unit, netns and e2e
 #   hack/test.sh unit          no privileges needed (as root, tests of single packages on the real kernel run too)
-#   hack/test.sh netns         the real programs on two nodes made of network namespaces; root
+#   hack/test.sh netns         the real programs on two nodes made of network namespaces; root; once for each way to
+#                              redirect, or for the one that FAIRLEAD_REDIRECTION names (ebpf, nftables)
 #   hack/test.sh e2e           a real two-node Kubernetes, brought up and taken down again; root ($CLUSTER names it: e2e)
 # As root nothing may be skipped (FAIRLEAD_REQUIRE_ALL=1, which FAIRLEAD_REQUIRE_ALL=0 undoes): what is missing is
 # installed first by hack/prereq.sh, and the cluster's programs are built. RACE=1 runs unit tests with the race detector. KEEP=1 leaves the e2e cluster up.
@@ -44,8 +45,12 @@ unit() {
 }
 
 netns() {
-	hack/build.sh cni-agent cni-plugin istiod-lite waypoint ztunnel &&
-		go test -count=1 -timeout 15m "${args[@]}" ./tests/netns/...
+	local mode
+	hack/build.sh cni-agent cni-plugin istiod-lite waypoint ztunnel || return 1
+	for mode in ${FAIRLEAD_REDIRECTION:-ebpf nftables}; do
+		echo "redirection by $mode"
+		FAIRLEAD_REDIRECTION=$mode go test -count=1 -timeout 15m "${args[@]}" ./tests/netns/... || return 1
+	done
 }
 
 e2e() {

@@ -3,6 +3,7 @@
 package netns
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"path/filepath"
@@ -56,7 +57,7 @@ func newFixture(t *testing.T, labels map[string]string) *fixture {
 			testenv.Require(t, false, "bin/"+p+": hack/build.sh makes it (make test-netns does)")
 		}
 	}
-	w, err := lab.New(lab.Options{Bin: bin, Log: t.Logf})
+	w, err := lab.New(lab.Options{Bin: bin, Redirection: redirection(), Log: t.Logf})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,6 +91,14 @@ func newFixture(t *testing.T, labels map[string]string) *fixture {
 	}
 	return f
 }
+
+// redirection is the way in which the tests' meshes redirect: every test holds for either.
+func redirection() string { return cmp.Or(os.Getenv("FAIRLEAD_REDIRECTION"), ebpf) }
+
+const (
+	ebpf     = "ebpf"
+	nftables = "nftables"
+)
 
 func (f *fixture) must(err error) {
 	f.t.Helper()

@@ -14,31 +14,31 @@ import (
 // TestRemovalLeavesNothing: pods that go take all of their redirection with them, and a world leaves no trace.
 func TestRemovalLeavesNothing(t *testing.T) {
 	f := newFixture(t, ambient)
-	perPod := func() (pins []string) {
+	perPod := func() (traces []string) {
 		for _, n := range f.Nodes {
-			all, err := n.Pins()
+			all, err := n.Traces()
 			f.must(err)
 			for _, p := range all {
 				if strings.Contains(p, "/pods/") {
-					pins = append(pins, p)
+					traces = append(traces, p)
 				}
 			}
 		}
-		return pins
+		return traces
 	}
 	if len(perPod()) == 0 { // the control
-		t.Error("nothing is pinned for the pods of the mesh")
+		t.Error("there is no trace of the pods of the mesh")
 	}
 	for _, p := range f.Pods() {
 		f.must(f.RemovePod(f.ctx, p))
 	}
-	if pins := perPod(); len(pins) > 0 {
-		t.Errorf("left on the nodes' BPF file systems: %v", pins)
+	if traces := perPod(); len(traces) > 0 {
+		t.Errorf("left on the nodes: %v", traces)
 	}
 	for _, n := range f.Nodes {
 		f.must(n.Uninstall(f.ctx))
-		if pins, err := n.Pins(); err != nil || len(pins) > 0 {
-			t.Errorf("left on %s after the uninstall: %v %v", n.Name, pins, err)
+		if traces, err := n.Traces(); err != nil || len(traces) > 0 {
+			t.Errorf("left on %s after the uninstall: %v %v", n.Name, traces, err)
 		}
 		if after, err := n.CNIFiles(); err != nil || after != f.cniBefore[n.Name] {
 			t.Errorf("CNI files of %s after the uninstall:\n%s\nbefore:\n%s\n%v", n.Name, after, f.cniBefore[n.Name], err)

@@ -32,6 +32,8 @@ type Options struct {
 	Nodes int
 	// Bin is the directory of the mesh's programs, as hack/build.sh makes it.
 	Bin string
+	// Redirection is how the agents redirect: ebpf (if empty) or nftables.
+	Redirection string
 	// Keep leaves the logs and the configuration behind at Close.
 	Keep bool
 	// Log receives one line for each step taken, and may be nil.
@@ -64,6 +66,9 @@ type World struct {
 func New(opts Options) (*World, error) {
 	if opts.Nodes == 0 {
 		opts.Nodes = 2
+	}
+	if opts.Redirection == "" {
+		opts.Redirection = "ebpf"
 	}
 	if opts.Log == nil {
 		opts.Log = func(string, ...any) {}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/nftables"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -152,7 +153,7 @@ func (n *Node) StartAgent(ctx context.Context) error {
 func (n *Node) agentFlags() []string {
 	return []string{
 		"--config-dir=" + n.world.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup, "--host-netns=/proc/self/ns/net",
-		"--plugin=" + filepath.Join(n.world.opts.Bin, "cni-plugin"), "--cni-bin-dir=" + n.cniBin(), "--cni-conf-dir=" + n.cniConf(),
+		"--plugin=" + filepath.Join(n.world.opts.Bin, "cni-plugin"), "--redirection=" + n.world.opts.Redirection, "--cni-bin-dir=" + n.cniBin(), "--cni-conf-dir=" + n.cniConf(),
 	}
 }
 
@@ -303,16 +304,54 @@ func (n *Node) program(name string) (*program, error) {
 	return p, err
 }
 
-// Pins lists what is pinned on the node's BPF file system, without the kernel's own files.
-func (n *Node) Pins() ([]string, error) {
-	var pins []string
+// Traces lists what redirection keeps on the node: what is pinned on its BPF file system, without the kernel's own files,
+// and the tables of nftables and the pods in them.
+func (n *Node) Traces() ([]string, error) {
+	var traces []string
 	err := n.thread.do(func() error {
-		return filepath.WalkDir("/sys/fs/bpf", func(path string, d fs.DirEntry, err error) error {
+		err := filepath.WalkDir("/sys/fs/bpf", func(path string, d fs.DirEntry, err error) error {
 			if err == nil && !d.IsDir() && filepath.Ext(path) != ".debug" {
-				pins = append(pins, path)
+				traces = append(traces, path)
 			}
 			return err
 		})
+		if err != nil {
+			return err
+		}
+		tables, err := listTables()
+		traces = append(traces, tables...)
+		return err
 	})
-	return pins, err
+	return traces, err
+}
+
+// listTables lists the tables of the calling thread's network namespace, as table/NAME, and the elements of their sets,
+// as table/NAME/pods/ADDRESS.
+func listTables() ([]string, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, err
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		return nil, err
+	}
+	var all []string
+	for _, t := range tables {
+		all = append(all, "table/"+t.Name)
+		sets, err := conn.GetSets(t)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range sets {
+			elements, err := conn.GetSetElements(s)
+			if err != nil {
+				return nil, err
+			}
+			for _, e := range elements {
+				all = append(all, fmt.Sprintf("table/%s/pods/%s", t.Name, net.IP(e.Key)))
+			}
+		}
+	}
+	return all, nil
 }
