@@ -39,10 +39,10 @@ problem() {
 
 need ip iproute2 "network namespaces and links"
 need nsenter util-linux "entering namespaces"
+need iptables-restore iptables "rules as other agents make them, kube-proxy's other mode, host ports"
 if wanted cluster; then
     need runc runc "containers of the cluster's nodes"
     need nft nftables "kube-proxy"
-    need iptables iptables "kube-proxy's other mode, host ports"
     need tcpdump tcpdump "captures on nodes"
     # A convenience, hence no check: gives the test image a shell.
     [ -n "$check" ] || [ -e /usr/share/doc/busybox-static ] || packages+=(busybox-static)

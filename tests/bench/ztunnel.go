@@ -16,6 +16,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
+	"github.com/fairlead-mesh/fairlead/tests/netns/lab"
 )
 
 // nodeProxy says how a lane with one proxy a node is set up.
@@ -106,12 +107,12 @@ func (n nodeProxy) certificates(l *lane, ns *os.File, m *machine) ([]string, err
 		return []string{"FAKE_CA=true", "FAIRLEAD_FAKE_CA_DIR=" + filepath.Join(l.dir, "ca")}, nil
 	}
 	root := filepath.Join(l.dir, m.name+"-ca.pem")
-	stop, err := serveAuthority(ns, n.authority, root)
+	stop, err := lab.ServeAuthority(ns, n.authority, root)
 	if err != nil {
 		return nil, err
 	}
 	l.close = append(l.close, stop)
-	return []string{"CA_ADDRESS=https://" + authorityAddress.String(), "CA_ROOT_CA=" + root}, nil
+	return []string{"CA_ADDRESS=https://" + lab.AuthorityAddress.String(), "CA_ROOT_CA=" + root}, nil
 }
 
 // redirector prepares a machine for redirection by eBPF, for this lane alone; nil where rules do it.

@@ -63,7 +63,7 @@ func (w *World) StartMesh(ctx context.Context) error {
 func (w *World) stopMesh() error {
 	var errs []error
 	for _, n := range w.Nodes {
-		errs = append(errs, n.StopZtunnel(), n.agent.stop(stopPatience))
+		errs = append(errs, n.StopZtunnel(), n.agent.stop(stopPatience), n.proxyAgent.stop())
 		for _, p := range n.programs {
 			p.end()
 		}

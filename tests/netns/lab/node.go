@@ -26,6 +26,8 @@ type Node struct {
 
 	agent   *process
 	ztunnel *process
+	// proxyAgent is what StartProxy runs in the agent's place, or nil.
+	proxyAgent *proxyAgent
 
 	mu       sync.Mutex
 	pods     int // made so far

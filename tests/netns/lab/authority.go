@@ -1,4 +1,4 @@
-package main
+package lab
 
 import (
 	"context"
@@ -25,20 +25,20 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
-// authorityAddress is where the certificate service listens in a proxy's own namespace.
-var authorityAddress = netip.MustParseAddrPort("127.0.0.1:15012")
+// AuthorityAddress is where the certificate service of ServeAuthority listens, in a proxy's own namespace.
+var AuthorityAddress = netip.MustParseAddrPort("127.0.0.1:15012")
 
-// serveAuthority serves certificates to a proxy, for those that make none themselves, and writes the root by which the
+// ServeAuthority serves certificates to a proxy, for those that make none themselves, and writes the root by which the
 // service is known to rootFile.
-func serveAuthority(ns *os.File, authority identity.Authority, rootFile string) (stop func() error, err error) {
-	certificate, rootPEM, err := selfSignedServer(authorityAddress.Addr())
+func ServeAuthority(ns *os.File, authority identity.Authority, rootFile string) (stop func() error, err error) {
+	certificate, rootPEM, err := selfSignedServer(AuthorityAddress.Addr())
 	if err != nil {
 		return nil, fmt.Errorf("certificate service: %w", err)
 	}
 	if err := os.WriteFile(rootFile, rootPEM, 0o644); err != nil {
 		return nil, err
 	}
-	listener, err := netns.Listen(ns, "tcp4", authorityAddress, 0, false)
+	listener, err := netns.Listen(ns, "tcp4", AuthorityAddress, 0, false)
 	if err != nil {
 		return nil, err
 	}
