@@ -47,6 +47,7 @@ type Loop struct {
 	mu     sync.Mutex
 	posted []func()
 	spare  []func()
+	asleep bool // in wait, or about to be: a post must wake it
 	closed bool
 }
 
@@ -79,22 +80,27 @@ func New(turn func() (more bool)) (*Loop, error) {
 	return l, nil
 }
 
-// woken is the handler of the eventfd: the posts are run in any case.
+// woken is the handler of the eventfd: the posts are run in any case. It is never read: edge triggered, each write is an event.
 type woken struct{}
 
 func (woken) Ready(uint32) {}
 
-// Post runs f on the loop soon, after what was posted before. It says false when the loop is closed.
+// turns is how often the loop serves posts that its own turns make, until it looks for events again.
+const turns = 4
+
+// Post runs f on the loop soon, after what was posted before. It says false when the loop is closed. A loop that is awake
+// looks for posts before it sleeps, so that only a post to one that sleeps costs a system call.
 func (l *Loop) Post(f func()) bool {
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
 		return false
 	}
-	first := len(l.posted) == 0
+	wake := l.asleep
+	l.asleep = false
 	l.posted = append(l.posted, f)
 	l.mu.Unlock()
-	if first {
+	if wake {
 		one := [8]byte{0: 1} // little or big endian: any non-zero number wakes
 		unix.RawSyscall(unix.SYS_WRITE, uintptr(l.wake), uintptr(unsafe.Pointer(&one)), 8)
 	}
@@ -159,8 +165,15 @@ func (l *Loop) pending() int {
 	return int(n)
 }
 
-// wait sleeps until epoll has something.
+// wait sleeps until epoll has something or there are posts.
 func (l *Loop) wait() (n int, err error) {
+	l.mu.Lock()
+	l.asleep = len(l.posted) == 0
+	asleep := l.asleep
+	l.mu.Unlock()
+	if !asleep {
+		return l.pending(), nil
+	}
 	err = l.poll.Read(func(uintptr) bool {
 		n = l.pending()
 		return n > 0
@@ -187,24 +200,32 @@ func (l *Loop) run() {
 				s.h.Ready(e.Events)
 			}
 		}
-		if l.runPosted() {
-			return
+		for again, rounds := true, 0; again && rounds < turns; rounds++ {
+			if l.runPosted() {
+				return
+			}
+			more = l.turn()
+			again = l.hasPosts()
 		}
-		more = l.turn()
 	}
+}
+
+func (l *Loop) hasPosts() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.posted) > 0
 }
 
 // runPosted runs the posts and says whether the loop was stopped.
 func (l *Loop) runPosted() (closed bool) {
 	l.mu.Lock()
+	l.asleep = false
 	fs := l.posted
 	if len(fs) == 0 {
 		l.mu.Unlock()
 		return false
 	}
-	l.posted = l.spare[:0]
-	var b [8]byte
-	Read(l.wake, b[:]) // under the lock: a later Post must find the eventfd at zero, or its wake-up would be lost here
+	l.posted, l.spare = l.spare[:0], nil
 	l.mu.Unlock()
 	for i, f := range fs {
 		fs[i] = nil
