@@ -313,6 +313,7 @@ func (t *loopTunnel) adoptStream(st *StreamState, ms *machine.Stream) *Stream {
 	s.over, s.early, s.status = ms.Gone(), st.Early, st.Status
 	s.sent.Store(st.Sent)
 	s.received.Store(st.Received)
+	s.halfClosed.Store(st.PeerEnd || st.AppEnd)
 	s.app = &loopApp{w: t.w, t: t, s: s, inEnd: st.PeerEnd, shut: st.PeerEndPassed, outEnd: st.AppEnd}
 	if len(st.Queue) > 0 {
 		s.app.queue = []piece{{b: st.Queue}}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -31,45 +32,95 @@ var errCut = errors.New("relay was cut")
 
 // Handle is a live relay between two TCP connections.
 type Handle struct {
-	a, b           *net.TCPConn
-	sent, received atomic.Int64
-	halfClosed     atomic.Bool
+	a, b     *net.TCPConn
+	up, down direction // a to b, b to a
+	done     func(Result)
 
-	mu  sync.Mutex
-	err error // of whoever cut the relay first
+	halfClosed atomic.Bool
+
+	mu      sync.Mutex
+	err     error         // of whoever cut the relay first
+	frozen  bool          // both directions are to stand still
+	stopped chan struct{} // closed when both have ended, or stand still
+}
+
+// direction is one direction of a relay. Its goroutine owns it, or whoever froze the relay.
+type direction struct {
+	src, dst *net.TCPConn
+	count    atomic.Int64
+	first    []byte      // to be written before what comes
+	pipe     *pipe       // nil until it is needed
+	held     int64       // bytes in the pipe
+	ended    atomic.Bool // src's end was passed on
 }
 
 // Splice relays between a and b with splice(2) and owns both from now on. done is called once, in a goroutine of the
 // relay, when both directions have ended; it must not block for long. Sent counts a to b.
 func Splice(a, b *net.TCPConn, done func(Result)) *Handle {
+	h := newHandle(a, b)
+	h.done = done
+	h.run()
+	return h
+}
+
+func newHandle(a, b *net.TCPConn) *Handle {
 	h := &Handle{a: a, b: b}
+	h.up.src, h.up.dst = a, b
+	h.down.src, h.down.dst = b, a
+	return h
+}
+
+// run carries both directions until they have ended or stand still.
+func (h *Handle) run() {
+	h.stopped = make(chan struct{})
 	var wg sync.WaitGroup
-	wg.Add(2)
-	direction := func(dst, src *net.TCPConn, count *atomic.Int64) {
-		h.carry(dst, src, count)
-		wg.Done()
-		h.watch(src)
+	for _, d := range []*direction{&h.down, &h.up} {
+		wg.Add(1)
+		go func() {
+			if !d.ended.Load() {
+				h.carry(d)
+			}
+			ended := d.ended.Load()
+			wg.Done()
+			if ended {
+				h.watch(d.src)
+			}
+		}()
 	}
-	go direction(b, a, &h.sent)
-	go direction(a, b, &h.received)
 	go func() {
 		wg.Wait()
-		a.Close()
-		b.Close()
+		defer close(h.stopped)
 		h.mu.Lock()
-		res := Result{Err: h.err, Reset: h.err != nil}
+		err, over := h.err, h.over()
 		h.mu.Unlock()
-		res.Sent, res.Received = h.Counters()
-		done(res)
+		if over {
+			h.finish(err)
+		}
 	}()
-	return h
+}
+
+// over says that the relay has ended. mu is held.
+func (h *Handle) over() bool { return h.err != nil || h.up.ended.Load() && h.down.ended.Load() }
+
+func (h *Handle) finish(err error) {
+	h.close()
+	res := Result{Err: err, Reset: err != nil}
+	res.Sent, res.Received = h.Counters()
+	h.done(res)
+}
+
+func (h *Handle) close() {
+	h.a.Close()
+	h.b.Close()
+	h.up.pipe.close()
+	h.down.pipe.close()
 }
 
 // Abort cuts the relay: both ends see a TCP reset and Result.Err is err. Only the first of several cuts counts.
 func (h *Handle) Abort(err error) { h.cut(err) }
 
 // Counters reads the bytes carried so far, a to b and b to a. It may be called at any time.
-func (h *Handle) Counters() (sent, received int64) { return h.sent.Load(), h.received.Load() }
+func (h *Handle) Counters() (sent, received int64) { return h.up.count.Load(), h.down.count.Load() }
 
 // HalfClosed says that one side has ended its direction.
 func (h *Handle) HalfClosed() bool { return h.halfClosed.Load() }
@@ -80,14 +131,16 @@ func (h *Handle) cut(err error) {
 		err = errCut
 	}
 	h.mu.Lock()
-	first := h.err == nil
-	if first {
-		h.err = err
-	}
-	h.mu.Unlock()
-	if !first {
+	defer h.mu.Unlock()
+	if h.err != nil {
 		return
 	}
+	if h.err = err; !h.frozen { // a frozen one is cut when it goes on, and not here if that is elsewhere
+		h.reset()
+	}
+}
+
+func (h *Handle) reset() {
 	for _, c := range []*net.TCPConn{h.a, h.b} {
 		_ = c.SetLinger(0) // fails only on a socket that is closed already
 		c.Close()
@@ -95,14 +148,18 @@ func (h *Handle) cut(err error) {
 }
 
 // carry is one direction: it passes src's end on as half close; an error cuts the relay.
-func (h *Handle) carry(dst, src *net.TCPConn, count *atomic.Int64) {
-	err := move(dst, src, count)
+func (h *Handle) carry(d *direction) {
+	err := d.move()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return // Freeze
+	}
 	if err == nil {
 		h.halfClosed.Store(true)
-		err = dst.CloseWrite()
+		err = d.dst.CloseWrite()
 		if errors.Is(err, syscall.ENOTCONN) { // dst has gone away in both directions already, and that was no error
 			err = nil
 		}
+		d.ended.Store(err == nil)
 	}
 	if err != nil {
 		h.cut(err)
@@ -128,29 +185,44 @@ func (h *Handle) watch(src *net.TCPConn) {
 }
 
 // move splices from src to dst until src ends.
-func move(dst, src *net.TCPConn, count *atomic.Int64) error {
-	in, err := src.SyscallConn()
+func (d *direction) move() error {
+	for len(d.first) > 0 {
+		n, err := d.dst.Write(d.first)
+		d.count.Add(int64(n))
+		if d.first = d.first[n:]; err != nil {
+			return err
+		}
+	}
+	in, err := d.src.SyscallConn()
 	if err != nil {
 		return err
 	}
-	out, err := dst.SyscallConn()
+	out, err := d.dst.SyscallConn()
 	if err != nil {
 		return err
 	}
-	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
-		return fmt.Errorf("make pipe: %w", err)
+	if d.pipe == nil {
+		if d.pipe, err = newPipe(); err != nil {
+			return err
+		}
 	}
-	defer unix.Close(p[0])
-	defer unix.Close(p[1])
-	// A smaller pipe than asked for (a limit of the user's) only costs more calls.
-	_, _ = unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize)
+	p := d.pipe
 	for {
+		for d.held > 0 {
+			k, err := splice(out.Write, func(fd int) (int64, error) {
+				return unix.Splice(p.r, nil, fd, nil, int(d.held), unix.SPLICE_F_NONBLOCK)
+			})
+			if err != nil {
+				return err
+			}
+			d.held -= k
+			d.count.Add(k)
+		}
 		n, err := splice(in.Read, func(fd int) (int64, error) {
-			n, err := unix.Splice(fd, nil, p[1], nil, pipeSize, unix.SPLICE_F_NONBLOCK)
+			n, err := unix.Splice(fd, nil, p.w, nil, pipeSize, unix.SPLICE_F_NONBLOCK)
 			if err == unix.EAGAIN || n == 0 && err == nil {
 				if mark, _ := unix.IoctlGetInt(fd, unix.SIOCATMARK); mark != 0 {
-					return pastUrgent(fd, p[1])
+					return pastUrgent(fd, p.w)
 				}
 			}
 			return n, err
@@ -158,14 +230,27 @@ func move(dst, src *net.TCPConn, count *atomic.Int64) error {
 		if err != nil || n == 0 {
 			return err
 		}
-		for n > 0 {
-			k, err := splice(out.Write, func(fd int) (int64, error) { return unix.Splice(p[0], nil, fd, nil, int(n), unix.SPLICE_F_NONBLOCK) })
-			if err != nil {
-				return err
-			}
-			n -= k
-			count.Add(k)
-		}
+		d.held = n
+	}
+}
+
+// pipe is what bytes are spliced through.
+type pipe struct{ r, w int }
+
+func newPipe() (*pipe, error) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("make pipe: %w", err)
+	}
+	// A smaller pipe than asked for (a limit of the user's) only costs more calls.
+	_, _ = unix.FcntlInt(uintptr(p[1]), unix.F_SETPIPE_SZ, pipeSize)
+	return &pipe{p[0], p[1]}, nil
+}
+
+func (p *pipe) close() {
+	if p != nil {
+		unix.Close(p.r)
+		unix.Close(p.w)
 	}
 }
 
