@@ -176,7 +176,7 @@ func (t *goTunnel) fail(err error) {
 	t.ready, t.blocked = nil, nil
 	t.window.close()
 	t.work.Broadcast()
-	go t.nc.Close() // close_notify may wait for a peer that does not read
+	go sayGoodbye(t.nc, t.takeOutput(nil)) // which may wait for a peer that does not read
 	t.tc.events.ended(err)
 }
 
@@ -282,7 +282,6 @@ func (t *goTunnel) read() {
 			t.m.Grow(more)
 		}
 		if ferr != nil {
-			t.sayGoodbye()
 			t.fail(ferr)
 		} else if err != nil {
 			if err == io.EOF && t.m.Streams() == 0 {
@@ -295,14 +294,14 @@ func (t *goTunnel) read() {
 	}
 }
 
-// sayGoodbye tries to send the GOAWAY that says what the peer did wrong. mu is held.
-func (t *goTunnel) sayGoodbye() {
-	out := t.takeOutput(nil)
-	go func() {
-		_ = t.nc.SetWriteDeadline(time.Now().Add(time.Second))
-		_, _ = t.nc.Write(out) // the connection is given up in any case
-		t.nc.Close()
-	}()
+// sayGoodbye sends what waits, such as the GOAWAY that says what the peer did wrong, if it can be sent soon, and closes the
+// connection.
+func sayGoodbye(nc net.Conn, last []byte) {
+	_ = nc.SetWriteDeadline(time.Now().Add(time.Second))
+	if len(last) > 0 {
+		_, _ = nc.Write(last) // the connection is given up in any case
+	}
+	nc.Close()
 }
 
 // feed runs the machine over b and acts on its events. mu is held.

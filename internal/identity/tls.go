@@ -17,8 +17,9 @@ type Certificater interface {
 }
 
 // ServerTLS is TLS for connections to a workload: version 1.3, ALPN h2, its certificate and roots as they are when the
-// handshake begins, and a client certificate that must lead to a root and carry a SPIFFE ID. Which identities may
-// connect is not decided here (internal/authz). Sessions are not resumed: each handshake verifies its peer.
+// handshake begins, and a client certificate that must lead to a root and carry a SPIFFE ID. Which identities
+// of its trust domain may connect is not decided here (internal/authz). Sessions are not resumed: each handshake
+// verifies its peer.
 func ServerTLS(ctx context.Context, certificates Certificater, self mesh.Identity) *tls.Config {
 	config := serverBase()
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
@@ -33,10 +34,25 @@ func ServerTLS(ctx context.Context, certificates Certificater, self mesh.Identit
 		}
 		current := serverBase()
 		current.Certificates = []tls.Certificate{b.Certificate}
-		current.VerifyConnection = func(s tls.ConnectionState) error { return verifyPeer(s, b.Roots, x509.ExtKeyUsageClientAuth, nil) }
+		current.VerifyConnection = func(s tls.ConnectionState) error {
+			if err := verifyPeer(s, b.Roots, x509.ExtKeyUsageClientAuth, nil); err != nil {
+				return err
+			}
+			return sameTrustDomain(s, self)
+		}
 		return current, nil
 	}
 	return config
+}
+
+// sameTrustDomain refuses a verified peer of another trust domain: where two share a root, that alone must not let the
+// names of one pass in the other.
+func sameTrustDomain(s tls.ConnectionState, self mesh.Identity) error {
+	got, err := FromTLS(s)
+	if err == nil && got.TrustDomain != self.TrustDomain {
+		err = fmt.Errorf("peer %s is not of trust domain %s", got, self.TrustDomain)
+	}
+	return err
 }
 
 func serverBase() *tls.Config {

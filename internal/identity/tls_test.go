@@ -2,8 +2,12 @@ package identity
 
 import (
 	"context"
+	"crypto"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"math/big"
 	"net"
 	"strings"
 	"testing"
@@ -97,6 +101,11 @@ func TestHandshakeRefuses(t *testing.T) {
 	stale := *client
 	stale.Certificate = issue(t, expired, ca, id("client"))
 
+	foreigner := *client
+	foreigner.Certificate = issue(t, ca, ca, mesh.Identity{TrustDomain: "elsewhere.local", Namespace: "default", ServiceAccount: "client"})
+	nameless := *client
+	nameless.Certificate = withoutSPIFFE(t, client.Certificate)
+
 	noCertificate := ClientTLS(client, []mesh.Identity{id("server")})
 	noCertificate.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &tls.Certificate{}, nil }
 	old := ClientTLS(client, []mesh.Identity{id("server")})
@@ -113,6 +122,8 @@ func TestHandshakeRefuses(t *testing.T) {
 		{"client of another root", ServerTLS(ctx, fixed{bundle: server}, id("server")), ClientTLS(mixed(server, bundle(t, other, id("client"))), []mesh.Identity{id("server")}), "verify certificate chain"},
 		{"client without certificate", ServerTLS(ctx, fixed{bundle: server}, id("server")), noCertificate, "didn't provide a certificate"},
 		{"expired client", ServerTLS(ctx, fixed{bundle: server}, id("server")), ClientTLS(&stale, []mesh.Identity{id("server")}), "expired"},
+		{"client of another trust domain", ServerTLS(ctx, fixed{bundle: server}, id("server")), ClientTLS(&foreigner, []mesh.Identity{id("server")}), "not of trust domain cluster.local"},
+		{"client without a SPIFFE ID", ServerTLS(ctx, fixed{bundle: server}, id("server")), ClientTLS(&nameless, []mesh.Identity{id("server")}), "no URI SAN"},
 		{"TLS 1.2", ServerTLS(ctx, fixed{bundle: server}, id("server")), old, "protocol version"},
 		{"no certificate yet", ServerTLS(ctx, fixed{err: errors.New("not issued")}, id("server")), ClientTLS(client, []mesh.Identity{id("server")}), "not issued"},
 	} {
@@ -133,6 +144,18 @@ func mixed(trust, show *Bundle) *Bundle {
 	out := *show
 	out.Roots = trust.Roots
 	return &out
+}
+
+// withoutSPIFFE is a certificate with the key of another that names a host in its SAN and no workload.
+func withoutSPIFFE(t *testing.T, c tls.Certificate) tls.Certificate {
+	t.Helper()
+	key := c.PrivateKey.(crypto.Signer)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"host"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // issue makes a certificate with the lifetime of one authority and the root of another.

@@ -354,14 +354,14 @@ func (c *Conn) onWindowUpdate(p []byte) (Event, error) {
 		if c.sendWin += n; c.sendWin > maxWindow {
 			return Event{}, c.fail(CodeFlowControl, "connection window too large")
 		}
-		return Event{Kind: Writable}, nil
+		return Event{Kind: Writable}, c.spendOpening(n)
 	}
 	s := c.streams[c.in.id]
 	if s == nil {
 		if c.idle(c.in.id) {
 			return Event{}, c.fail(CodeProtocol, "WINDOW_UPDATE of an idle stream")
 		}
-		return Event{}, nil // in flight when the stream ended
+		return Event{}, c.spend(costEmpty) // in flight when the stream ended
 	}
 	if n == 0 || s.sendWin+n > maxWindow {
 		code := uint32(CodeProtocol)
@@ -372,7 +372,7 @@ func (c *Conn) onWindowUpdate(p []byte) (Event, error) {
 		return Event{Kind: Reset, Stream: s, Code: code}, c.spend(costReset)
 	}
 	s.sendWin += n
-	return Event{Kind: Writable, Stream: s}, nil
+	return Event{Kind: Writable, Stream: s}, c.spendOpening(n)
 }
 
 func (c *Conn) onSettings(p []byte) (Event, error) {

@@ -10,10 +10,22 @@ const (
 	budgetPerSecond = 10000
 
 	costPing     = 1
+	costTiny     = 1  // WINDOW_UPDATE by less than tinyWindow
 	costEmpty    = 1  // DATA or CONTINUATION without bytes, PRIORITY, frames of unknown type, frames on closed streams
 	costSettings = 50 // touches every stream
 	costReset    = 20 // of a stream that was not answered yet, or one that was refused: the rapid reset attack
 )
+
+// tinyWindow is the least opening of a window that is worth its answer, in bytes. Sane peers gather more.
+const tinyWindow = 1024
+
+// spendOpening pays for a window that was opened by n bytes.
+func (c *Conn) spendOpening(n int64) error {
+	if n >= tinyWindow {
+		return nil
+	}
+	return c.spend(costTiny)
+}
 
 type budget struct {
 	tokens int
