@@ -31,7 +31,7 @@ func Loops(n int) (*LoopDriver, error) {
 	if n == 0 {
 		n = max(1, runtime.GOMAXPROCS(0)/2)
 	}
-	d := &LoopDriver{}
+	d := &LoopDriver{handshakes: make(gate, max(1, runtime.GOMAXPROCS(0)-n))}
 	for range n {
 		w := &worker{start: time.Now()}
 		l, err := loop.New(w.turn)
@@ -47,9 +47,10 @@ func Loops(n int) (*LoopDriver, error) {
 
 // LoopDriver is a set of event loops.
 type LoopDriver struct {
-	slow    goroutines // for what the loops cannot serve
-	workers []*worker
-	next    atomic.Uint32
+	slow       goroutines // for what the loops cannot serve
+	handshakes gate
+	workers    []*worker
+	next       atomic.Uint32
 }
 
 // Stop ends the loops. Close the pools and servers that use them before.
@@ -64,7 +65,9 @@ func (d *LoopDriver) start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc
 	if !ok || fips140.Enforced() {
 		return d.slow.start(ctx, nc, cfg, tc)
 	}
-	rec, state, early, err := tlsrecord.Handshake(ctx, tcp, cfg, tc.server)
+	d.handshakes.enter()
+	rec, state, early, err := tlsrecord.Handshake(ctx, gatedConn{tcp, d.handshakes}, d.handshakes.config(cfg), tc.server)
+	d.handshakes.leave()
 	if err == nil {
 		err = checkState(state)
 	}
