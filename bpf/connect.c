@@ -55,14 +55,6 @@ struct {
 	__type(value, __u64);
 } pod_addrs SEC(".maps");
 
-// Cgroups whose processes are the node proxy.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 64);
-	__type(key, __u64);
-	__type(value, __u32);
-} proxies SEC(".maps");
-
 // Cgroups under which the node's pods run; a process in there is not the kubelet, whatever it calls itself.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

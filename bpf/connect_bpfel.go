@@ -27,7 +27,8 @@ const (
 	connectCounterINBOUND_REDIRECTED  connectCounter = 3
 	connectCounterINBOUND_REFUSED     connectCounter = 4
 	connectCounterPROBES              connectCounter = 5
-	connectCounterCOUNTERS            connectCounter = 6
+	connectCounterBYPASS_DROPPED      connectCounter = 6
+	connectCounterCOUNTERS            connectCounter = 7
 )
 
 type connectHost struct {
@@ -67,6 +68,7 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	connectMapCounters   = "counters"
+	connectMapExempt     = "exempt"
 	connectMapHostConfig = "host_config"
 	connectMapListeners  = "listeners"
 	connectMapPodAddrs   = "pod_addrs"
@@ -128,6 +130,7 @@ type connectProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
+	Exempt     *ebpf.MapSpec `ebpf:"exempt"`
 	HostConfig *ebpf.MapSpec `ebpf:"host_config"`
 	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
 	PodAddrs   *ebpf.MapSpec `ebpf:"pod_addrs"`
@@ -163,6 +166,7 @@ func (o *connectObjects) Close() error {
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
 	Counters   *ebpf.Map `ebpf:"counters"`
+	Exempt     *ebpf.Map `ebpf:"exempt"`
 	HostConfig *ebpf.Map `ebpf:"host_config"`
 	Listeners  *ebpf.Map `ebpf:"listeners"`
 	PodAddrs   *ebpf.Map `ebpf:"pod_addrs"`
@@ -174,6 +178,7 @@ type connectMaps struct {
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
 		m.Counters,
+		m.Exempt,
 		m.HostConfig,
 		m.Listeners,
 		m.PodAddrs,

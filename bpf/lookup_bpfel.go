@@ -27,7 +27,8 @@ const (
 	lookupCounterINBOUND_REDIRECTED  lookupCounter = 3
 	lookupCounterINBOUND_REFUSED     lookupCounter = 4
 	lookupCounterPROBES              lookupCounter = 5
-	lookupCounterCOUNTERS            lookupCounter = 6
+	lookupCounterBYPASS_DROPPED      lookupCounter = 6
+	lookupCounterCOUNTERS            lookupCounter = 7
 )
 
 type lookupListenerKey struct {
@@ -42,7 +43,9 @@ type lookupListenerKey struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	lookupMapCounters  = "counters"
+	lookupMapExempt    = "exempt"
 	lookupMapListeners = "listeners"
+	lookupMapProxies   = "proxies"
 	lookupProgLookup   = "lookup"
 	lookupVarNetns     = "netns"
 	lookupVarPodAddrs  = "pod_addrs"
@@ -100,7 +103,9 @@ type lookupProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupMapSpecs struct {
 	Counters  *ebpf.MapSpec `ebpf:"counters"`
+	Exempt    *ebpf.MapSpec `ebpf:"exempt"`
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
+	Proxies   *ebpf.MapSpec `ebpf:"proxies"`
 }
 
 // lookupVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,13 +139,17 @@ func (o *lookupObjects) Close() error {
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupMaps struct {
 	Counters  *ebpf.Map `ebpf:"counters"`
+	Exempt    *ebpf.Map `ebpf:"exempt"`
 	Listeners *ebpf.Map `ebpf:"listeners"`
+	Proxies   *ebpf.Map `ebpf:"proxies"`
 }
 
 func (m *lookupMaps) Close() error {
 	return _LookupClose(
 		m.Counters,
+		m.Exempt,
 		m.Listeners,
+		m.Proxies,
 	)
 }
 

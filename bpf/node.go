@@ -34,6 +34,9 @@ type Config struct {
 type Node struct {
 	cfg    Config
 	lookup *ebpf.CollectionSpec
+	guard  guardObjects
+	// unguarded is why there is no guard, or nil.
+	unguarded error
 
 	mu   sync.Mutex
 	maps connectMaps
@@ -69,7 +72,7 @@ func Open(cfg Config) (*Node, error) {
 	}
 	n.maps = objects.connectMaps
 	defer objects.connectPrograms.Close()
-	if err := n.start(&objects.connectPrograms); err != nil {
+	if err := errors.Join(n.start(&objects.connectPrograms), n.openGuard()); err != nil {
 		n.Close()
 		return nil, err
 	}
@@ -152,7 +155,10 @@ func detach(pin string) error {
 
 // Close releases this process's handles. Programs stay attached.
 func (n *Node) Close() error {
-	return n.maps.Close()
+	if n.unguarded != nil {
+		return n.maps.Close()
+	}
+	return errors.Join(n.maps.Close(), n.guard.Close())
 }
 
 // Counters returns what the programs have counted since they were first loaded, by name.
@@ -164,6 +170,7 @@ func (n *Node) Counters() (map[string]uint64, error) {
 		connectCounterINBOUND_REDIRECTED:  "inbound_redirected",
 		connectCounterINBOUND_REFUSED:     "inbound_refused",
 		connectCounterPROBES:              "probes",
+		connectCounterBYPASS_DROPPED:      "bypass_dropped",
 	}
 	result := make(map[string]uint64, len(names))
 	for counter, name := range names {
@@ -179,7 +186,8 @@ func (n *Node) Counters() (map[string]uint64, error) {
 }
 
 // EnsureProxy exempts the process pid, and whatever else runs in the same cgroup, from redirection when its sockets have
-// the proxy's mark. Cgroups of earlier proxies that no longer exist are forgotten.
+// the proxy's mark. Cgroups of earlier proxies stay exempt: their sockets may live on in another process, and the kernel does
+// not use a cgroup's number twice.
 //
 // pid is one of this process's pid namespace. The cgroup is found by looking for the pid in the tree below the cgroup
 // that the programs are attached to, because paths in /proc/PID/cgroup depend on cgroup namespaces.
@@ -203,6 +211,21 @@ func (n *Node) EnsureProxy(pid int) error {
 		return fmt.Errorf("process %d is in no cgroup below %s, so its connections cannot be told from those of "+
 			"applications: attach to a cgroup that holds both", pid, n.cfg.Cgroup)
 	}
+	err = n.maps.Proxies.Put(proxy, uint32(1))
+	if errors.Is(err, unix.E2BIG) {
+		if err := n.forgetProxies(alive); err != nil {
+			return err
+		}
+		err = n.maps.Proxies.Put(proxy, uint32(1))
+	}
+	if err != nil {
+		return fmt.Errorf("exempt the proxy's cgroup: %w", err)
+	}
+	return nil
+}
+
+// forgetProxies makes room by forgetting cgroups that no longer exist.
+func (n *Node) forgetProxies(alive map[uint64]bool) error {
 	var id uint64
 	var one uint32
 	var gone []uint64
@@ -219,9 +242,6 @@ func (n *Node) EnsureProxy(pid int) error {
 		if err := n.maps.Proxies.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("forget a proxy's cgroup: %w", err)
 		}
-	}
-	if err := n.maps.Proxies.Put(proxy, uint32(1)); err != nil {
-		return fmt.Errorf("exempt the proxy's cgroup: %w", err)
 	}
 	return nil
 }
@@ -250,11 +270,14 @@ func Remove(dir string) error {
 	if err != nil {
 		return err
 	}
-	lookups, err := filepath.Glob(filepath.Join(dir, "pods", "*", lookupPin))
+	pods, err := filepath.Glob(filepath.Join(dir, "pods", "*", "*"))
 	if err != nil {
 		return err
 	}
-	for _, pin := range append(links, lookups...) {
+	for _, pin := range append(links, pods...) {
+		if filepath.Base(pin) == eldersPin {
+			continue
+		}
 		if err := detach(pin); err != nil {
 			return fmt.Errorf("detach %s: %w", pin, err)
 		}

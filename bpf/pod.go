@@ -158,7 +158,7 @@ func (n *Node) ensurePodAddrs(cookie uint64, addrs []connectAddr) error {
 func (n *Node) RemovePod(cookie uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var errs []error
+	errs := []error{n.removeGuard(cookie)}
 	if err := n.maps.Pods.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
 	}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-// What the two programs, connect.c and lookup.c, and their Go loader agree on.
+// What the programs, connect.c, lookup.c and guard.c, and their Go loader agree on.
 #ifndef FAIRLEAD_REDIRECT_H
 #define FAIRLEAD_REDIRECT_H
 
@@ -41,6 +41,7 @@ enum counter {
 	INBOUND_REDIRECTED,	// connections given to the proxy on arrival
 	INBOUND_REFUSED,	// connections refused on arrival because the proxy does not listen
 	PROBES,			// kubelet connects that were given the probe source address
+	BYPASS_DROPPED,		// packets of TCP that went round the proxy and were dropped
 	COUNTERS,
 };
 
@@ -65,6 +66,22 @@ struct {
 	__type(key, enum counter);
 	__type(value, __u64);
 } counters SEC(".maps");
+
+// Cgroups whose processes are, or were, the node proxy. One that is gone may still have sockets.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u32);
+} proxies SEC(".maps");
+
+// Sockets of applications that may leave the pod by themselves; an entry goes with its socket.
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} exempt SEC(".maps");
 
 static __always_inline void count(enum counter which)
 {

@@ -361,7 +361,19 @@ func (p *proxy) Delete(uid string) error {
 	return nil
 }
 
-func (p *proxy) Snapshot(map[string]struct{}) {}
+func (p *proxy) Snapshot(named map[string]struct{}) {
+	p.mu.Lock()
+	var gone []string
+	for uid := range p.pods {
+		if _, ok := named[uid]; !ok {
+			gone = append(gone, uid)
+		}
+	}
+	p.mu.Unlock()
+	for _, uid := range gone {
+		p.Delete(uid)
+	}
+}
 
 // last finds the proxy's end of a connection.
 func (p *proxy) last(n *node, client netip.AddrPort) (found *net.TCPConn) {

@@ -1,6 +1,7 @@
 package redirect_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -36,7 +37,7 @@ func application(arguments string) {
 	if err := json.Unmarshal([]byte(arguments), &a); err != nil {
 		panic(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), cmp.Or(a.Patience, 2*time.Second))
 	defer cancel()
 	start := time.Now()
 	var conn net.Conn

@@ -4,14 +4,19 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
+// halfMade bounds the wait for connections that are being made when a running pod is enrolled.
+const halfMade = time.Second
+
 // ebpf redirects by the programs of package bpf, with no state for a connection and none for a packet.
 type ebpf struct {
 	node *bpf.Node
+	host *os.File // the host's network namespace; nil means this process's
 }
 
 // newEBPF makes the node ready: programs in the cgroup, probe sources on the host's lo.
@@ -29,7 +34,7 @@ func newEBPF(cfg Config, host uint64) (backend, error) {
 	if err != nil {
 		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
 	}
-	return &ebpf{node}, nil
+	return &ebpf{node, cfg.HostNetns}, nil
 }
 
 // cgroupOf is the cgroup2 directory that the node's programs are attached to.
@@ -62,13 +67,47 @@ func (e *ebpf) prepare(pod Pod, cookie uint64) error {
 	return e.node.Prepare(cookie)
 }
 
+// ensure redirects first and guards then: what the pod has connected before either goes on, and nothing that it connects
+// in between goes round the proxy.
 func (e *ebpf) ensure(pod Pod, cookie uint64) error {
-	return e.node.EnsurePod(pod.Netns, bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs})
+	if err := e.node.EnsurePod(pod.Netns, bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}); err != nil {
+		return err
+	}
+	if err := e.exemptElders(pod, cookie); err != nil {
+		return err
+	}
+	wires, _, err := wiresOf(e.host, pod.Netns)
+	if err != nil {
+		return err
+	}
+	return netns.Do(e.host, func() error { return e.node.EnsureGuard(cookie, wires) })
+}
+
+// exemptElders lets the connections that a running pod has open go on. Those that are half made become known by their
+// last packet, for which it waits a while.
+func (e *ebpf) exemptElders(pod Pod, cookie uint64) error {
+	for deadline := time.Now().Add(halfMade); ; time.Sleep(halfMade / 20) {
+		var pending int
+		err := netns.Do(pod.Netns, func() (err error) {
+			pending, err = e.node.EnsureElders(cookie, pod.Fresh, time.Now().After(deadline))
+			return err
+		})
+		if err != nil || pending == 0 {
+			return err
+		}
+	}
 }
 
 func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 	known, ok, err := e.node.Pod(cookie)
 	if err != nil || !ok || known.UID != pod.UID {
+		return false, err
+	}
+	wires, _, err := wiresOf(e.host, pod.Netns)
+	if err != nil {
+		return false, err
+	}
+	if ok, err := e.node.Guarded(cookie, wires); !ok || err != nil {
 		return false, err
 	}
 	var rules bool
@@ -77,6 +116,20 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 		return err
 	})
 	return rules, err
+}
+
+func (e *ebpf) guard() error { return e.node.Unguarded() }
+
+func (e *ebpf) unguarded(pod Pod) (interfaces []string, err error) {
+	if e.node.Unguarded() != nil {
+		return nil, nil
+	}
+	_, interfaces, err = wiresOf(e.host, pod.Netns)
+	return interfaces, err
+}
+
+func (e *ebpf) attempts() (func() (bpf.Attempt, error), func() error, error) {
+	return e.node.Attempts()
 }
 
 func (e *ebpf) release(cookie uint64, _ *os.File) error { return e.node.RemovePod(cookie) }

@@ -66,6 +66,9 @@ func newLab(t testing.TB, mode redirect.Mode) *lab {
 	if err := l.redirector.EnsureProxy(os.Getpid()); err != nil {
 		t.Fatal(err)
 	}
+	if err := l.redirector.Guard(); err != nil && mode == redirect.EBPF {
+		testenv.Require(t, false, err.Error())
+	}
 	return l
 }
 
@@ -349,6 +352,8 @@ type attempt struct {
 	Multipath bool
 	// User is the user id of who connects.
 	User int
+	// Patience is how long it waits; 0 means two seconds.
+	Patience time.Duration
 }
 
 // outcome is what the application saw.

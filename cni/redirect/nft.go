@@ -89,6 +89,15 @@ func (n *nft) ensure(pod Pod, cookie uint64) error {
 	return n.record(bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs})
 }
 
+// errNoGuard says what eBPF would be needed for.
+var errNoGuard = errors.New("redirection by nftables does not check what leaves pods")
+
+func (n *nft) guard() error { return errNoGuard }
+
+func (n *nft) unguarded(Pod) ([]string, error) { return nil, nil }
+
+func (n *nft) attempts() (func() (bpf.Attempt, error), func() error, error) { return nil, nil, errNoGuard }
+
 func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 	known, err := n.pods()
 	if err != nil || !slices.ContainsFunc(known, func(p bpf.Pod) bool {

@@ -44,6 +44,8 @@ type Pod struct {
 	Netns *os.File
 	// IPs are the pod's addresses.
 	IPs []netip.Addr
+	// Fresh tells that nothing has run in the pod yet, so that there are no connections to spare.
+	Fresh bool
 }
 
 // backend is one way to redirect. Its methods are those of Redirector, which has looked up the cookie of the pod's network
@@ -58,6 +60,9 @@ type backend interface {
 	pods() ([]bpf.Pod, error)
 	ensureProxy(pid int) error
 	counters() (map[string]uint64, error)
+	guard() error
+	unguarded(pod Pod) (interfaces []string, err error)
+	attempts() (next func() (bpf.Attempt, error), stop func() error, err error)
 	close() error
 }
 
@@ -209,6 +214,21 @@ func (r *Redirector) EnsureProxy(pid int) error { return r.backend.ensureProxy(p
 
 // Counters returns what the kernel has counted, by name.
 func (r *Redirector) Counters() (map[string]uint64, error) { return r.backend.counters() }
+
+// Guard tells why packets that leave pods cannot be checked on this machine, or nil: without the guard, a pod that has the
+// capabilities for raw sockets or for changing its network namespace could avoid the proxy.
+func (r *Redirector) Guard() error { return r.backend.guard() }
+
+// Unguarded names the pod's interfaces without a guard, because they have no other end on the host where it could be.
+func (r *Redirector) Unguarded(pod Pod) (interfaces []string, err error) {
+	return r.backend.unguarded(pod)
+}
+
+// Attempts tells of TCP that went round the proxy and was dropped, at most once a second for each pod. next waits, until
+// stop is called. The error says why this machine cannot tell.
+func (r *Redirector) Attempts() (next func() (bpf.Attempt, error), stop func() error, err error) {
+	return r.backend.attempts()
+}
 
 // Close releases this process's handles and leaves redirection in force.
 func (r *Redirector) Close() error {

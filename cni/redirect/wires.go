@@ -1,0 +1,69 @@
+package redirect
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
+)
+
+// wiresOf finds the host's ends of a pod's interfaces, and names the interfaces that lead out of the pod by other ways,
+// where the guard cannot be.
+func wiresOf(host, pod *os.File) (wires []bpf.Wire, others []string, err error) {
+	var links []netlink.Link
+	err = netns.Do(pod, func() error {
+		links, err = netlink.LinkList()
+		return err
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("list the pod's interfaces: %w", err)
+	}
+	err = netns.Do(host, func() error {
+		for _, l := range links {
+			if stays(l) {
+				continue
+			}
+			end := hostEnd(l)
+			// Only now: the question for the interface makes the kernel give the namespace an id.
+			nsid, err := netlink.GetNetNsIdByFd(int(pod.Fd()))
+			if err != nil {
+				return fmt.Errorf("identify the pod's network namespace on the host: %w", err)
+			}
+			if end != nil && nsid >= 0 && end.NetNsID == nsid {
+				wires = append(wires, bpf.Wire{Ifindex: end.Index, Nsid: nsid})
+			} else {
+				others = append(others, l.Attrs().Name)
+			}
+		}
+		return nil
+	})
+	return wires, others, err
+}
+
+// stays tells whether an interface leads nowhere by itself: only within the pod, or over another one of the pod's.
+func stays(l netlink.Link) bool {
+	switch l.Type() {
+	case "dummy", "ifb", "bridge", "bond", "vlan", "vxlan", "gre", "gretap", "ip6gre", "ipip", "ip6tnl", "sit", "vti", "vti6",
+		"erspan", "ip6erspan", "ip6gretap", "wireguard", "tuntap", "tun", "vrf", "nlmon":
+		return true
+	case "device":
+		return l.Attrs().Name == "lo"
+	}
+	return false
+}
+
+// hostEnd finds the other end of a pod's interface in the network namespace of the calling thread. Both ends name each
+// other, so that it is no other pair's.
+func hostEnd(l netlink.Link) *netlink.LinkAttrs {
+	if l.Type() != "veth" && l.Type() != "netkit" {
+		return nil
+	}
+	end, err := netlink.LinkByIndex(l.Attrs().ParentIndex)
+	if err != nil || end.Type() != l.Type() || end.Attrs().ParentIndex != l.Attrs().Index {
+		return nil
+	}
+	return end.Attrs()
+}
