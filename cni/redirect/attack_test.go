@@ -4,16 +4,20 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -223,7 +227,7 @@ func (l *lab) forge(t *testing.T, f forgery) string {
 }
 
 // unguard takes the guard off the pod, for controls, and returns how to put it back.
-func (l *lab) unguard(t *testing.T) (restore func()) {
+func (l *lab) unguard(t testing.TB) (restore func()) {
 	t.Helper()
 	pins, err := filepath.Glob(filepath.Join(l.cfg.BPFFS, "pods", "*", "guard-*"))
 	if err != nil || len(pins) != 1 {
@@ -232,7 +236,12 @@ func (l *lab) unguard(t *testing.T) (restore func()) {
 	if err := os.Remove(pins[0]); err != nil {
 		t.Fatal(err)
 	}
-	return func() { t.Helper(); l.ensure(t, pod4, pod6) }
+	return func() {
+		t.Helper()
+		if _, err := l.redirector.Ensure(t.Context(), l.podOf(pod4, pod6)); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func (l *lab) dropped(t *testing.T) uint64 {
@@ -259,9 +268,14 @@ func (l *lab) linkAddress(t *testing.T, ns *os.File, device string) (mac net.Har
 	return mac
 }
 
+// guarded are the families in the mode that has a guard.
+func guarded() []family {
+	return slices.DeleteFunc(slices.Clone(families), func(f family) bool { return f.mode != redirect.EBPF })
+}
+
 // A pod with CAP_NET_RAW has no TCP of its own making.
 func TestForgedPacketsDoNotLeaveThePod(t *testing.T) {
-	for _, f := range families {
+	for _, f := range guarded() {
 		t.Run(f.name, func(t *testing.T) {
 			l := newLab(t, redirect.EBPF)
 			taken := make(chan accepted, 16)
@@ -292,7 +306,7 @@ func TestForgedPacketsDoNotLeaveThePod(t *testing.T) {
 
 // A pod with CAP_NET_ADMIN that changes its network namespace has no way round the proxy either.
 func TestChangedNamespaceIsNoWayRound(t *testing.T) {
-	for _, f := range families {
+	for _, f := range guarded() {
 		for _, attack := range []struct {
 			name   string
 			change func(*testing.T, *lab) (ns *os.File)
@@ -425,4 +439,80 @@ func (l *lab) settle(t *testing.T, ns *os.File, device string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// BenchmarkGuard sends from the proxy's sockets to the world, with the guard and without.
+func BenchmarkGuard(b *testing.B) {
+	for _, guarded := range []bool{true, false} {
+		b.Run(fmt.Sprintf("guarded=%v", guarded), func(b *testing.B) {
+			l := newLab(b, redirect.EBPF)
+			if _, err := l.redirector.Ensure(b.Context(), l.podOf(pod4, pod6)); err != nil {
+				b.Fatal(err)
+			}
+			if !guarded {
+				l.unguard(b)
+			}
+			var server net.Listener
+			err := netns.Do(l.host, func() (err error) {
+				server, err = net.Listen("tcp", netip.AddrPortFrom(remote4, 80).String())
+				return err
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer server.Close()
+			go func() {
+				if conn, err := server.Accept(); err == nil {
+					io.Copy(io.Discard, conn)
+				}
+			}()
+			conn, err := netns.Dial(b.Context(), l.pod, netns.DialOptions{Mark: netns.ProxyMark}, netip.AddrPortFrom(remote4, 80))
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer conn.Close()
+			stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer stats.Close()
+			buf := make([]byte, 64<<10)
+			b.SetBytes(int64(len(buf)))
+			for b.Loop() {
+				if _, err := conn.Write(buf); err != nil {
+					b.Fatal(err)
+				}
+			}
+			if guarded {
+				b.ReportMetric(l.guardCost(b), "ns/packet")
+			}
+		})
+	}
+}
+
+// guardCost is the guard's time for a packet.
+func (l *lab) guardCost(b *testing.B) float64 {
+	pins, err := filepath.Glob(filepath.Join(l.cfg.BPFFS, "pods", "*", "guard-*"))
+	if err != nil || len(pins) != 1 {
+		b.Fatalf("guards %v: %v", pins, err)
+	}
+	guard, err := link.LoadPinnedLink(pins[0], nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer guard.Close()
+	info, err := guard.Info()
+	if err != nil {
+		b.Fatal(err)
+	}
+	program, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer program.Close()
+	stats, err := program.Stats()
+	if err != nil || stats.RunCount == 0 {
+		b.Fatalf("the guard ran %d times: %v", stats.RunCount, err)
+	}
+	return float64(stats.Runtime.Nanoseconds()) / float64(stats.RunCount)
 }

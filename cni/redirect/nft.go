@@ -96,7 +96,9 @@ func (n *nft) guard() error { return errNoGuard }
 
 func (n *nft) unguarded(Pod) ([]string, error) { return nil, nil }
 
-func (n *nft) attempts() (func() (bpf.Attempt, error), func() error, error) { return nil, nil, errNoGuard }
+func (n *nft) attempts() (func() (bpf.Attempt, error), func() error, error) {
+	return nil, nil, errNoGuard
+}
 
 func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 	known, err := n.pods()
