@@ -134,9 +134,16 @@ func talkAcrossNodes(t *testing.T, c cluster) {
 		t.Fatalf("the Service has addresses %v, want one of each family", service)
 	}
 	for _, url := range []string{"http://" + service[0], "http://[" + service[1] + "]", "http://b.default.svc.cluster.local"} {
-		got := kubectl(t, c, "exec", "a", "--", "box", "client", url)
-		if !strings.Contains(got, `"pod":"b"`) {
-			t.Errorf("%s: %s", url, got)
+		// A pod that has become ready takes a moment to reach every node's kube-proxy.
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+			got, err := c.kubectl(nil, "exec", "a", "--", "box", "client", url)
+			if err == nil && strings.Contains(got, `"pod":"b"`) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Errorf("%s: %s, %v", url, got, err)
+				break
+			}
 		}
 	}
 }
