@@ -28,7 +28,8 @@ const (
 	connectCounterINBOUND_REFUSED     connectCounter = 4
 	connectCounterPROBES              connectCounter = 5
 	connectCounterBYPASS_DROPPED      connectCounter = 6
-	connectCounterCOUNTERS            connectCounter = 7
+	connectCounterUNCAPTURED_DROPPED  connectCounter = 7
+	connectCounterCOUNTERS            connectCounter = 8
 )
 
 type connectHost struct {

@@ -4,7 +4,7 @@
 // source address; there is one pair of programs for a node, attached to a cgroup. lookup.c hands arriving connections to
 // the proxy's listeners; there is one instance for each pod, attached to its network namespace. The routes between
 // the two are made by cni/redirect. guard.c drops what leaves a pod past both; it is attached to the host's ends of pods'
-// interfaces.
+// interfaces. refuse.c is for pods that could not be captured, and attached to their cgroups.
 //
 // Everything is pinned under one directory of a BPF file system and outlives the process that made it:
 //
@@ -12,6 +12,7 @@
 //	links/connect4, 6       the attachments to the cgroup
 //	pods/COOKIE/lookup      the attachment to the pod's network namespace
 //	pods/COOKIE/guard-N     the attachment to the host's interface with index N
+//	refused/UID-in, UID-out the attachments to the cgroup of a pod that could not be captured
 //	pods/COOKIE/elders      a directory: connections older than the pod's membership have been exempted
 //
 // The map listeners is filled in by the proxy.
@@ -20,3 +21,4 @@ package bpf
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type pod -type host -type counter -type slot -type listener_key connect connect.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel lookup lookup.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type wire -type attempt guard guard.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel refuse refuse.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -39,7 +39,8 @@ const (
 	guardCounterINBOUND_REFUSED     guardCounter = 4
 	guardCounterPROBES              guardCounter = 5
 	guardCounterBYPASS_DROPPED      guardCounter = 6
-	guardCounterCOUNTERS            guardCounter = 7
+	guardCounterUNCAPTURED_DROPPED  guardCounter = 7
+	guardCounterCOUNTERS            guardCounter = 8
 )
 
 type guardListenerKey struct {

@@ -28,7 +28,8 @@ const (
 	lookupCounterINBOUND_REFUSED     lookupCounter = 4
 	lookupCounterPROBES              lookupCounter = 5
 	lookupCounterBYPASS_DROPPED      lookupCounter = 6
-	lookupCounterCOUNTERS            lookupCounter = 7
+	lookupCounterUNCAPTURED_DROPPED  lookupCounter = 7
+	lookupCounterCOUNTERS            lookupCounter = 8
 )
 
 type lookupListenerKey struct {

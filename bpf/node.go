@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -53,7 +54,7 @@ func Open(cfg Config) (*Node, error) {
 		return nil, err
 	}
 	n := &Node{cfg: cfg, lookup: lookup}
-	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods")} {
+	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods"), n.path("refused")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
@@ -171,6 +172,7 @@ func (n *Node) Counters() (map[string]uint64, error) {
 		connectCounterINBOUND_REFUSED:     "inbound_refused",
 		connectCounterPROBES:              "probes",
 		connectCounterBYPASS_DROPPED:      "bypass_dropped",
+		connectCounterUNCAPTURED_DROPPED:  "uncaptured_dropped",
 	}
 	result := make(map[string]uint64, len(names))
 	for counter, name := range names {
@@ -274,7 +276,11 @@ func Remove(dir string) error {
 	if err != nil {
 		return err
 	}
-	for _, pin := range append(links, pods...) {
+	refused, err := filepath.Glob(filepath.Join(dir, "refused", "*"))
+	if err != nil {
+		return err
+	}
+	for _, pin := range slices.Concat(links, pods, refused) {
 		if filepath.Base(pin) == eldersPin {
 			continue
 		}
@@ -282,7 +288,7 @@ func Remove(dir string) error {
 			return fmt.Errorf("detach %s: %w", pin, err)
 		}
 	}
-	for _, name := range []string{"links", "pods", "maps"} {
+	for _, name := range []string{"links", "pods", "refused", "maps"} {
 		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
 			return fmt.Errorf("unpin: %w", err)
 		}

@@ -42,6 +42,7 @@ enum counter {
 	INBOUND_REFUSED,	// connections refused on arrival because the proxy does not listen
 	PROBES,			// kubelet connects that were given the probe source address
 	BYPASS_DROPPED,		// packets of TCP that went round the proxy and were dropped
+	UNCAPTURED_DROPPED,	// packets of pods that could not be captured, dropped
 	COUNTERS,
 };
 

@@ -112,7 +112,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		d.caches = func() (cache.Store, cache.Store) { return a.watch.pods, a.watch.namespaces }
 	}
 	a.enrol.metrics.watch(a.enrol, a.watch)
-	a.enrol.proxies.OnPeer(a.proxyChanged)
+	a.enrol.proxies.Admit(a.admitProxy)
 	if err := a.enrol.recover(); err != nil {
 		return fmt.Errorf("take over the pods of the agent before: %w", err)
 	}
@@ -120,6 +120,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		return errors.Join(err, group.Wait())
 	}
 	group.Go(func() error { return a.start(ctx) })
+	group.Go(func() error { return a.followAttempts(ctx) })
 	log.Info("cni-agent runs", zap.String("node", cfg.NodeName), zap.String("eventSocket", cfg.EventSocket),
 		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("redirection", string(mode)), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
 	err = group.Wait()
@@ -165,14 +166,13 @@ func (a *agent) openCluster(ctx context.Context, group *errgroup.Group) (cluster
 	return &directory{dir: dir, node: a.cfg.NodeName, log: a.log}, nil
 }
 
-// proxyChanged exempts a node proxy that has connected from redirection, before it is told of any pod.
-func (a *agent) proxyChanged(pid int, up bool) {
-	if !up {
-		return
-	}
+// admitProxy exempts a node proxy that has connected from redirection, before it is told of any pod. One whose connections
+// could not be told from those of applications would be redirected to itself: it is turned away.
+func (a *agent) admitProxy(pid int) error {
 	if err := a.enrol.redirector.EnsureProxy(pid); err != nil {
-		a.log.Error("the node proxy's own connections would be redirected to itself", zap.Int("pid", pid), zap.Error(err))
+		return fmt.Errorf("the node proxy's own connections would be redirected to itself: %w", err)
 	}
+	return nil
 }
 
 // start brings the pods of the node in line once they are all known, and keeps them so.
@@ -212,9 +212,9 @@ func (a *agent) ready() error {
 
 // serve starts the agent's listeners.
 func (a *agent) serve(ctx context.Context, group *errgroup.Group) error {
-	plugins, err := listenEvents(a.cfg.EventSocket)
+	plugins, err := zds.Listen("unix", a.cfg.EventSocket)
 	if err != nil {
-		return err
+		return fmt.Errorf("serve the CNI plugin: %w", err)
 	}
 	health, err := net.Listen("tcp", a.cfg.HealthAddr)
 	if err != nil {

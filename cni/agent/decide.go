@@ -15,6 +15,8 @@ const (
 	redirectionAnnotation = "ambient.istio.io/redirection"
 	redirectionEnabled    = "enabled"
 	mirrorAnnotation      = "kubernetes.io/config.mirror"
+	// capturedType is the condition of pods that could not be captured, and of those that were after all.
+	capturedType = "fairlead-mesh.io/Captured"
 )
 
 // decision is whether a pod is to be in the mesh, and why.

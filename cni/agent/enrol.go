@@ -68,7 +68,7 @@ func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}
-	if err := e.redirect(ctx, &rec, ns); err != nil {
+	if err := e.redirect(ctx, &rec, ns, true); err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
 	e.metrics.redirected.Observe(time.Since(began).Seconds())
@@ -99,8 +99,9 @@ func (e *enroller) leaveOldSandbox(rec record) error {
 }
 
 // capture takes a pod that runs already into the mesh, or makes sure that it still is. The proxy is told first, so that
-// connections made meanwhile are not refused; but the redirection does not wait for it for ever.
-func (e *enroller) capture(ctx context.Context, rec record, uids ...string) error {
+// connections made meanwhile are not refused; but the redirection does not wait for it for ever. With late set, when the
+// pod should have been captured at its start, it does not wait at all.
+func (e *enroller) capture(ctx context.Context, rec record, late bool, uids ...string) error {
 	defer e.take(rec.UID)()
 	if known, ok := e.records.get(rec.UID); ok {
 		// What the sandbox is, its start told better.
@@ -125,27 +126,31 @@ func (e *enroller) capture(ctx context.Context, rec record, uids ...string) erro
 		rec.Redirected = false
 	}
 	var announced error
-	if !rec.Redirected {
+	if !rec.Redirected && !late {
 		if rec.Cookie, err = e.redirector.Prepare(ctx, rec.target(ns)); err != nil {
 			return err
 		}
 		announced = e.announce(ctx, rec, ns)
 	}
 	was := rec.Redirected
-	if err := e.redirect(ctx, &rec, ns); err != nil {
+	if err := e.redirect(ctx, &rec, ns, false); err != nil {
+		return err
+	}
+	if err := e.redirector.Admit(rec.UID); err != nil {
 		return err
 	}
 	if !was {
 		e.log.Info("pod enrolled", zap.String("pod", rec.pod()), zap.String("uid", rec.UID), zap.Uint64("netns", rec.Cookie))
-	} else if !e.isAcked(rec.UID) {
+	}
+	if announced == nil && !e.isAcked(rec.UID) {
 		announced = e.announce(ctx, rec, ns)
 	}
 	return announced
 }
 
 // redirect records the pod as redirected and then redirects it, so that a crash in between leaves more, not less, in
-// the record than in the kernel.
-func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File) error {
+// the record than in the kernel. With fresh set, nothing has run in the pod yet.
+func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File, fresh bool) error {
 	cookie, err := netns.Cookie(ns)
 	if err != nil {
 		return err
@@ -154,7 +159,9 @@ func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File) error
 	if err := e.records.put(*rec); err != nil {
 		return err
 	}
-	_, err = e.redirector.Ensure(ctx, rec.target(ns))
+	target := rec.target(ns)
+	target.Fresh = fresh
+	_, err = e.redirector.Ensure(ctx, target)
 	return err
 }
 
@@ -210,6 +217,9 @@ func (e *enroller) holds(rec record, uids ...string) bool {
 // pod's routes stay for the connections that are open.
 func (e *enroller) release(ctx context.Context, uid string) error {
 	defer e.take(uid)()
+	if err := e.redirector.Admit(uid); err != nil {
+		return err
+	}
 	rec, ok := e.records.get(uid)
 	if !ok || !rec.Redirected {
 		return nil
@@ -236,6 +246,9 @@ func (e *enroller) withdraw(ctx context.Context, rec record) error {
 // forget drops all that is known of a pod that is gone. containerID restricts it to that sandbox; empty means any.
 func (e *enroller) forget(ctx context.Context, uid, containerID string) error {
 	defer e.take(uid)()
+	if err := e.redirector.Admit(uid); err != nil {
+		return err
+	}
 	rec, ok := e.records.get(uid)
 	if !ok || containerID != "" && rec.ContainerID != "" && rec.ContainerID != containerID {
 		return nil
@@ -320,6 +333,17 @@ func (e *enroller) prune(exists func(uid string) bool) error {
 	for _, pod := range kernel {
 		if exists(pod.UID) {
 			keep[pod.Cookie] = true
+		}
+	}
+	refused, err := e.redirector.Refused()
+	if err != nil {
+		return err
+	}
+	for _, uid := range refused {
+		if !exists(uid) {
+			if err := e.redirector.Admit(uid); err != nil {
+				return err
+			}
 		}
 	}
 	return e.redirector.Prune(func(cookie uint64) bool { return keep[cookie] })

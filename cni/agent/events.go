@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -219,23 +217,4 @@ func addresses(configs []plugin.IPConfig) ([]netip.Addr, error) {
 		return nil, fmt.Errorf("read the sandbox's addresses: %d of them, want 1 to %d", len(ips), bpf.MaxPodIPs)
 	}
 	return ips, nil
-}
-
-// listenEvents listens on the plugin's socket, for root only. One that a former agent left behind is replaced.
-func listenEvents(socket string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
-		return nil, fmt.Errorf("listen for the CNI plugin: %w", err)
-	}
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("listen for the CNI plugin: %w", err)
-	}
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		return nil, fmt.Errorf("listen for the CNI plugin: %w", err)
-	}
-	if err := os.Chmod(socket, 0o600); err != nil {
-		l.Close()
-		return nil, fmt.Errorf("listen for the CNI plugin: %w", err)
-	}
-	return l, nil
 }

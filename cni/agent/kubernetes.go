@@ -32,6 +32,8 @@ type cluster interface {
 	namespace(ctx context.Context, name string) (*corev1.Namespace, error)
 	// annotate writes on the pod whether it is captured.
 	annotate(ctx context.Context, pod *corev1.Pod, redirected bool) error
+	// condition sets a condition of the pod's status.
+	condition(ctx context.Context, pod *corev1.Pod, c corev1.PodCondition) error
 	// warn attaches an event to the pod.
 	warn(ctx context.Context, pod *corev1.Pod, reason, message string) error
 	// withdrawn tells whether the agent's DaemonSet is being deleted, or is gone already.
@@ -114,6 +116,22 @@ func (a *api) annotate(ctx context.Context, pod *corev1.Pod, redirected bool) er
 	return nil
 }
 
+func (a *api) condition(ctx context.Context, pod *corev1.Pod, c corev1.PodCondition) error {
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"uid": pod.UID}, "status": map[string]any{"conditions": []corev1.PodCondition{c}},
+	})
+	if err != nil {
+		return err
+	}
+	// Strategic, so that other conditions stay.
+	err = a.core.Patch(types.StrategicMergePatchType).Namespace(pod.Namespace).Resource("pods").Name(pod.Name).SubResource("status").
+		Body(patch).Do(ctx).Error()
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("set condition %s of pod %s/%s: %w", c.Type, pod.Namespace, pod.Name, err)
+	}
+	return nil
+}
+
 func (a *api) warn(ctx context.Context, pod *corev1.Pod, reason, message string) error {
 	now := metav1.NewTime(time.Now())
 	event := &corev1.Event{
@@ -179,6 +197,8 @@ func (d *directory) namespace(_ context.Context, name string) (*corev1.Namespace
 }
 
 func (d *directory) annotate(context.Context, *corev1.Pod, bool) error { return nil }
+
+func (d *directory) condition(context.Context, *corev1.Pod, corev1.PodCondition) error { return nil }
 
 func (d *directory) warn(_ context.Context, pod *corev1.Pod, reason, message string) error {
 	d.log.Warn(message, zap.String("pod", pod.Namespace+"/"+pod.Name), zap.String("reason", reason))

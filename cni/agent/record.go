@@ -80,6 +80,18 @@ func (r *records) get(uid string) (record, bool) {
 	return rec, ok
 }
 
+// byCookie finds the captured pod whose network namespace has that cookie.
+func (r *records) byCookie(cookie uint64) (record, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, rec := range r.byUID {
+		if rec.Cookie == cookie && rec.Redirected {
+			return rec, true
+		}
+	}
+	return record{}, false
+}
+
 // all returns a copy of the set.
 func (r *records) all() []record {
 	r.mu.Lock()

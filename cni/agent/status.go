@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"math"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -51,6 +52,24 @@ func (m *metrics) watch(e *enroller, w *watcher) {
 			Name: "fairlead_cni_redirection", Help: "1 for the way in which this node redirects pods' connections.",
 			ConstLabels: prometheus.Labels{"mode": string(mode)},
 		}, func() float64 { return 1 }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "fairlead_cni_guard", Help: "1 where TCP that goes round the node proxy is dropped as it leaves a pod, 0 where this node cannot.",
+		}, func() float64 {
+			if e.redirector.Guard() != nil {
+				return 0
+			}
+			return 1
+		}),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "fairlead_cni_bypass_attempts_total",
+			Help: "Packets of TCP that pods sent past the node proxy, which were dropped, and connects with a forged mark, which were redirected.",
+		}, func() float64 {
+			counters, err := e.redirector.Counters()
+			if err != nil {
+				return math.NaN()
+			}
+			return float64(counters["bypass_dropped"] + counters["forged_mark"])
+		}),
 		kernelCounters{e, prometheus.NewDesc("fairlead_cni_kernel_connections_total",
 			"What the redirection programs did with connections.", []string{"what"}, nil)},
 	)

@@ -34,6 +34,8 @@ type watcher struct {
 	exclude []string
 	// node is the name of the node whose pods are ours.
 	node string
+	// began is when the agent started: pods made later should have been captured at their start.
+	began time.Time
 
 	queue      workqueue.TypedRateLimitingInterface[work]
 	pods       cache.Store
@@ -45,7 +47,7 @@ type watcher struct {
 }
 
 func newWatcher(log *zap.Logger, c cluster, e *enroller, node string, exclude []string) *watcher {
-	w := &watcher{log: log, cluster: c, enrol: e, node: node, exclude: exclude, warned: map[string]string{}}
+	w := &watcher{log: log, cluster: c, enrol: e, node: node, exclude: exclude, began: time.Now(), warned: map[string]string{}}
 	w.queue = workqueue.NewTypedRateLimitingQueue(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[work](200*time.Millisecond, 30*time.Second))
 	var pods, namespaces cache.Controller
@@ -74,7 +76,7 @@ func trim(object any) (any, error) {
 		return &corev1.Pod{
 			ObjectMeta: trimMeta(o.ObjectMeta),
 			Spec:       corev1.PodSpec{NodeName: o.Spec.NodeName, HostNetwork: o.Spec.HostNetwork, ServiceAccountName: o.Spec.ServiceAccountName},
-			Status:     corev1.PodStatus{Phase: o.Status.Phase, PodIP: o.Status.PodIP, PodIPs: o.Status.PodIPs},
+			Status:     trimStatus(o),
 		}, nil
 	case *corev1.Namespace:
 		return &corev1.Namespace{ObjectMeta: trimMeta(o.ObjectMeta)}, nil
@@ -82,9 +84,17 @@ func trim(object any) (any, error) {
 	return object, nil
 }
 
+func trimStatus(pod *corev1.Pod) corev1.PodStatus {
+	kept := corev1.PodStatus{Phase: pod.Status.Phase, PodIP: pod.Status.PodIP, PodIPs: pod.Status.PodIPs}
+	if c := capturedCondition(pod); c != nil {
+		kept.Conditions = []corev1.PodCondition{{Type: c.Type, Status: c.Status}}
+	}
+	return kept
+}
+
 func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	kept := metav1.ObjectMeta{
-		Name: m.Name, Namespace: m.Namespace, UID: m.UID, ResourceVersion: m.ResourceVersion, DeletionTimestamp: m.DeletionTimestamp,
+		Name: m.Name, Namespace: m.Namespace, UID: m.UID, ResourceVersion: m.ResourceVersion, DeletionTimestamp: m.DeletionTimestamp, CreationTimestamp: m.CreationTimestamp,
 		Labels: map[string]string{}, Annotations: map[string]string{},
 	}
 	if v, ok := m.Labels[modeLabel]; ok {
@@ -212,12 +222,16 @@ func (w *watcher) reconcile(ctx context.Context, key string) error {
 		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
 	if !ok || !w.enrol.holds(known, pod.Annotations[mirrorAnnotation]) {
-		if err := w.enrol.capture(ctx, rec, pod.Annotations[mirrorAnnotation]); err != nil {
-			return errors.Join(err, w.warn(ctx, pod, err))
+		late := !ok && pod.CreationTimestamp.After(w.began)
+		if err := w.enrol.capture(ctx, rec, late, pod.Annotations[mirrorAnnotation]); err != nil {
+			return errors.Join(err, w.uncapturedPod(ctx, pod, err))
+		}
+		if late {
+			w.tellLate(ctx, pod)
 		}
 	}
 	w.forgetWarning(uid)
-	return w.annotate(ctx, pod, true)
+	return errors.Join(w.annotate(ctx, pod, true), w.conditionMet(ctx, pod))
 }
 
 // namespaceOf returns nil for a namespace that does not exist.
@@ -245,6 +259,50 @@ func (w *watcher) annotate(ctx context.Context, pod *corev1.Pod, redirected bool
 		return nil
 	}
 	return w.cluster.annotate(ctx, pod, redirected)
+}
+
+// uncapturedPod refuses the traffic of a pod that could not be captured, unless it is redirected already, which refuses by
+// itself; and says so on the pod, in an event and in a condition.
+func (w *watcher) uncapturedPod(ctx context.Context, pod *corev1.Pod, reason error) error {
+	var refused error
+	if rec, ok := w.enrol.records.get(string(pod.UID)); !ok || !rec.Redirected {
+		refused = w.enrol.redirector.Refuse(string(pod.UID))
+	}
+	err := errors.Join(refused, w.warn(ctx, pod, reason))
+	if c := capturedCondition(pod); c != nil && c.Status == corev1.ConditionFalse {
+		return err
+	}
+	return errors.Join(err, w.cluster.condition(ctx, pod, corev1.PodCondition{
+		Type: capturedType, Status: corev1.ConditionFalse, Reason: "FailedCapture", Message: reason.Error(), LastTransitionTime: metav1.Now(),
+	}))
+}
+
+// conditionMet takes uncapturedPod's condition back.
+func (w *watcher) conditionMet(ctx context.Context, pod *corev1.Pod) error {
+	if c := capturedCondition(pod); c == nil || c.Status == corev1.ConditionTrue {
+		return nil
+	}
+	return w.cluster.condition(ctx, pod, corev1.PodCondition{
+		Type: capturedType, Status: corev1.ConditionTrue, Reason: "Captured", LastTransitionTime: metav1.Now(),
+	})
+}
+
+func capturedCondition(pod *corev1.Pod) *corev1.PodCondition {
+	for i, c := range pod.Status.Conditions {
+		if c.Type == capturedType {
+			return &pod.Status.Conditions[i]
+		}
+	}
+	return nil
+}
+
+// tellLate says that a pod has run outside the mesh for a moment.
+func (w *watcher) tellLate(ctx context.Context, pod *corev1.Pod) {
+	err := w.cluster.warn(ctx, pod, "CapturedLate", "the pod was started without the mesh's CNI plugin being asked, and was outside "+
+		"the mesh until now: something else had rewritten the node's CNI configuration")
+	if err != nil && ctx.Err() == nil {
+		w.log.Warn("no event about a pod that was captured late", zap.String("pod", pod.Namespace+"/"+pod.Name), zap.Error(err))
+	}
 }
 
 // warn attaches an event to a pod that could not be captured, once for each different reason.

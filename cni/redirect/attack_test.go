@@ -516,3 +516,50 @@ func (l *lab) guardCost(b *testing.B) float64 {
 	}
 	return float64(stats.Runtime.Nanoseconds()) / float64(stats.RunCount)
 }
+
+// A pod that cannot be redirected is known by its cgroup, and has no TCP but on its loopback.
+func TestRefusedPodHasNoTCP(t *testing.T) {
+	for _, f := range guarded() {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t, redirect.EBPF)
+			const uid = "0c6e1cc9-2ed5-4c5c-8cf6-7a4a2d1b0f11"
+			cgroup := "kubepods/pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
+			l.makeCgroup(t, cgroup)
+			taken := make(chan accepted, 16)
+			listen(t, "server", l.host, f.at(f.remote, 80), taken)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			out := func(patience time.Duration) outcome {
+				t.Helper()
+				return l.connect(t, "app", cgroup, l.pod, attempt{Dst: f.at(f.remote, 80), Patience: patience})
+			}
+			if o := out(5 * time.Second); o.Error != "" {
+				t.Fatalf("control: %s", o.Error)
+			}
+			for range 2 {
+				if err := l.redirector.Refuse(uid); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if o := out(500 * time.Millisecond); o.Error == "" {
+				t.Error("a connection went out")
+			}
+			if o := l.connect(t, "app", cgroup, l.pod, attempt{Dst: f.at(f.pod, 8080)}); o.Error != "" {
+				t.Errorf("to itself: %s", o.Error)
+			}
+			if uids, err := l.redirector.Refused(); err != nil || len(uids) != 1 || uids[0] != uid {
+				t.Errorf("refused: %v, %v", uids, err)
+			}
+			for range 2 {
+				if err := l.redirector.Admit(uid); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if o := out(5 * time.Second); o.Error != "" {
+				t.Errorf("after Admit: %s", o.Error)
+			}
+			if err := l.redirector.Refuse("no-such-pod"); err == nil {
+				t.Error("a pod without a cgroup was refused")
+			}
+		})
+	}
+}

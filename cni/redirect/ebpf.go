@@ -118,6 +118,12 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 	return rules, err
 }
 
+func (e *ebpf) refuse(uid string) error { return e.node.Refuse(uid) }
+
+func (e *ebpf) admit(uid string) error { return e.node.Admit(uid) }
+
+func (e *ebpf) refused() ([]string, error) { return e.node.Refused() }
+
 func (e *ebpf) guard() error { return e.node.Unguarded() }
 
 func (e *ebpf) unguarded(pod Pod) (interfaces []string, err error) {

@@ -92,6 +92,12 @@ func (n *nft) ensure(pod Pod, cookie uint64) error {
 // errNoGuard says what eBPF would be needed for.
 var errNoGuard = errors.New("redirection by nftables does not check what leaves pods")
 
+func (n *nft) refuse(string) error { return errNoGuard }
+
+func (n *nft) admit(string) error { return nil }
+
+func (n *nft) refused() ([]string, error) { return nil, nil }
+
 func (n *nft) guard() error { return errNoGuard }
 
 func (n *nft) unguarded(Pod) ([]string, error) { return nil, nil }

@@ -60,6 +60,9 @@ type backend interface {
 	pods() ([]bpf.Pod, error)
 	ensureProxy(pid int) error
 	counters() (map[string]uint64, error)
+	refuse(uid string) error
+	admit(uid string) error
+	refused() (uids []string, err error)
 	guard() error
 	unguarded(pod Pod) (interfaces []string, err error)
 	attempts() (next func() (bpf.Attempt, error), stop func() error, err error)
@@ -214,6 +217,27 @@ func (r *Redirector) EnsureProxy(pid int) error { return r.backend.ensureProxy(p
 
 // Counters returns what the kernel has counted, by name.
 func (r *Redirector) Counters() (map[string]uint64, error) { return r.backend.counters() }
+
+// Refuse drops all TCP of a pod that cannot be redirected, until Admit.
+func (r *Redirector) Refuse(uid string) error {
+	if err := r.backend.refuse(uid); err != nil {
+		return fmt.Errorf("refuse the pod's traffic: %w", err)
+	}
+	return nil
+}
+
+// Admit ends Refuse. It is no error when there was none.
+func (r *Redirector) Admit(uid string) error {
+	for b := range r.backends() {
+		if err := b.admit(uid); err != nil {
+			return fmt.Errorf("admit the pod's traffic: %w", err)
+		}
+	}
+	return nil
+}
+
+// Refused lists the UIDs of pods whose traffic is refused.
+func (r *Redirector) Refused() ([]string, error) { return r.backend.refused() }
 
 // Guard tells why packets that leave pods cannot be checked on this machine, or nil: without the guard, a pod that has the
 // capabilities for raw sockets or for changing its network namespace could avoid the proxy.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -29,7 +28,7 @@ type Server struct {
 	pods   map[string]*pod
 	peers  []*peer // oldest first
 	synced bool
-	onPeer []func(pid int, up bool)
+	admit  func(pid int) error
 	// changed is closed and replaced whenever an answer came, or a proxy came or went.
 	changed chan struct{}
 }
@@ -53,12 +52,23 @@ func NewServer(log *zap.Logger) *Server {
 	return &Server{log: log, pods: map[string]*pod{}, changed: make(chan struct{})}
 }
 
-// OnPeer adds f, which is called when a proxy has connected, before it is told of any pod, and when it has gone. Add
-// them before Serve. f must not call the server.
-func (s *Server) OnPeer(f func(pid int, up bool)) {
+// Admit sets who decides on a proxy that has connected, before it is told of any pod: an error turns it away. Set it before
+// Serve. admit must not call the server.
+func (s *Server) Admit(admit func(pid int) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.onPeer = append(s.onPeer, f)
+	s.admit = admit
+}
+
+// admits asks the one who decides.
+func (s *Server) admits(pid int) error {
+	s.mu.Lock()
+	admit := s.admit
+	s.mu.Unlock()
+	if admit == nil {
+		return nil
+	}
+	return admit(pid)
 }
 
 // Synced says that the set holds every pod the agent knows of. Only then do proxies get SnapshotSent, upon which they
@@ -180,20 +190,11 @@ func (s *Server) Peers() []Peer {
 // Serve listens on socket until ctx ends. The socket is for its owner only (0600); one that a former agent left behind
 // is replaced.
 func (s *Server) Serve(ctx context.Context, socket string) error {
-	if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
-		return fmt.Errorf("listen for node proxies: %w", err)
-	}
-	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("listen for node proxies: %w", err)
-	}
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	l, err := Listen("unixpacket", socket)
 	if err != nil {
-		return fmt.Errorf("listen for node proxies: %w", err)
+		return fmt.Errorf("serve node proxies: %w", err)
 	}
 	defer l.Close()
-	if err := os.Chmod(socket, 0o600); err != nil {
-		return fmt.Errorf("listen for node proxies: %w", err)
-	}
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	var peers sync.WaitGroup
 	defer peers.Wait()
@@ -217,6 +218,9 @@ func (s *Server) ServeConn(ctx context.Context, conn *net.UnixConn) {
 	if err == nil {
 		err = hello(conn)
 	}
+	if err == nil {
+		err = s.admits(pid)
+	}
 	if err != nil {
 		s.log.Warn("refused a node proxy", zap.Int("pid", pid), zap.Error(err))
 		return
@@ -231,12 +235,6 @@ func (s *Server) ServeConn(ctx context.Context, conn *net.UnixConn) {
 // join makes a peer that is told of the whole set first.
 func (s *Server) join(conn *net.UnixConn, pid int) *peer {
 	p := &peer{conn: conn, pid: pid, since: time.Now(), wake: make(chan struct{}, 1)}
-	s.mu.Lock()
-	hooks := slices.Clone(s.onPeer)
-	s.mu.Unlock()
-	for _, f := range hooks {
-		f(pid, true)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, pod := range s.pods {
@@ -265,11 +263,7 @@ func (s *Server) leave(p *peer) {
 	}
 	p.abandon()
 	s.signal()
-	hooks := slices.Clone(s.onPeer)
 	s.mu.Unlock()
-	for _, f := range hooks {
-		f(p.pid, false)
-	}
 }
 
 // newest is the proxy that counts, or nil. The lock is held.

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -248,15 +249,13 @@ func TestReconnectAfterTheAgentRestarted(t *testing.T) {
 func TestTwoProxiesAtOnce(t *testing.T) {
 	s, socket, _ := agent(t)
 	s.Synced()
-	var mu sync.Mutex
-	var peers []bool
-	s.OnPeer(func(pid int, up bool) {
-		mu.Lock()
-		defer mu.Unlock()
+	var admitted atomic.Int32
+	s.Admit(func(pid int) error {
 		if pid != os.Getpid() {
 			t.Errorf("peer has pid %d, want %d", pid, os.Getpid())
 		}
-		peers = append(peers, up)
+		admitted.Add(1)
+		return nil
 	})
 	old, young := newProxy(), newProxy()
 	stopOld := connect(t, socket, old)
@@ -282,18 +281,32 @@ func TestTwoProxiesAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 	young.heard(t, "add u1 shop/web  ns1", "snapshot [u1]", "delete u1")
-	for start := time.Now(); time.Since(start) < 5*time.Second; time.Sleep(time.Millisecond) {
-		mu.Lock()
-		n := len(peers)
-		mu.Unlock()
-		if n == 5 {
-			break
+	if n := admitted.Load(); n != 3 {
+		t.Errorf("%d proxies were admitted, want 3", n)
+	}
+}
+
+func TestProxyThatIsNotAdmittedIsToldNothing(t *testing.T) {
+	s, socket, _ := agent(t)
+	s.Keep("u1")
+	s.Synced()
+	turnedAway := make(chan struct{}, 8)
+	s.Admit(func(int) error {
+		turnedAway <- struct{}{}
+		return errors.New("it is in no cgroup that is known")
+	})
+	p := newProxy()
+	connect(t, socket, p)
+	for range 2 { // and when it comes again
+		select {
+		case <-turnedAway:
+		case <-time.After(10 * time.Second):
+			t.Fatal("no proxy came")
 		}
 	}
-	mu.Lock()
-	defer mu.Unlock()
-	if diff := cmp.Diff([]bool{true, true, false, true, false}, peers); diff != "" {
-		t.Errorf("comings and goings (-want +got):\n%s", diff)
+	p.heard(t)
+	if n := len(s.Peers()); n != 0 {
+		t.Errorf("%d peers, want none", n)
 	}
 }
 
