@@ -13,7 +13,7 @@ import (
 // metricsPort is where ztunnel shows its metrics.
 const metricsPort = 15020
 
-// Metric adds up a counter of the node's ztunnel over all series that have these labels.
+// Metric adds up a counter, or a gauge, of the node's ztunnel over all series that have these labels.
 func (n *Node) Metric(ctx context.Context, name string, labels map[string]string) (float64, error) {
 	text, err := n.Get(ctx, metricsPort, "/metrics")
 	if err != nil {
@@ -27,7 +27,7 @@ func (n *Node) Metric(ctx context.Context, name string, labels map[string]string
 	sum := 0.0
 	for _, m := range families[name].GetMetric() {
 		if hasLabels(m, labels) {
-			sum += m.GetCounter().GetValue()
+			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
 		}
 	}
 	return sum, nil
