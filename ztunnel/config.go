@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -35,6 +36,8 @@ type Config struct {
 	LocalXDSPath string
 
 	ZDSSocket string
+	// HandoverSocket is where a proxy that ends finds its successor.
+	HandoverSocket string
 	// BPFFS is where the CNI agent of this project pins what it shares with the proxy.
 	BPFFS string
 
@@ -81,6 +84,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		ReadinessAddr: get("READINESS_ADDR", ":15021"),
 		LogLevel:      get("LOG_LEVEL", get("RUST_LOG", "info")),
 	}
+	c.HandoverSocket = get("FAIRLEAD_HANDOVER_SOCKET", filepath.Join(filepath.Dir(c.ZDSSocket), "handover.sock"))
 	c.FakeCA = boolean(getenv, "FAKE_CA", &errs)
 	c.FakeCADir, c.LocalXDSPath = getenv("FAIRLEAD_FAKE_CA_DIR"), getenv("LOCAL_XDS_PATH")
 	c.Limits = limitsFromEnv(getenv, &errs)

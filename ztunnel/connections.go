@@ -103,15 +103,30 @@ func (s *connections) open(p *pod, d direction, client, asked netip.AddrPort) *c
 	c := &connection{set: s, pod: p, direction: d, start: time.Now(), client: client, asked: asked}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.add(c)
+	return c
+}
+
+// add puts a connection in the set. The lock is held.
+func (s *connections) add(c *connection) {
 	if len(s.live) == 0 {
 		s.empty = make(chan struct{})
 	}
 	s.live[c] = struct{}{}
-	p.connections++
-	if d == inbound {
-		s.ports[portKey{client, asked}]++
+	c.pod.connections++
+	if c.direction == inbound {
+		s.ports[portKey{c.client, c.asked}]++
 	}
-	return c
+}
+
+// remove takes a connection out of the set. The lock is held.
+func (s *connections) remove(c *connection) {
+	delete(s.live, c)
+	c.pod.connections--
+	s.forgetPort(c)
+	if len(s.live) == 0 {
+		close(s.empty)
+	}
 }
 
 // forgetPort takes out what open has noted of a connection's ends. The lock is held.
@@ -216,12 +231,7 @@ func (c *connection) finish(r relay.Result, request, response int64) {
 func (c *connection) end(f *failure, request, response int64) {
 	s := c.set
 	s.mu.Lock()
-	delete(s.live, c)
-	c.pod.connections--
-	s.forgetPort(c)
-	if len(s.live) == 0 {
-		close(s.empty)
-	}
+	s.remove(c)
 	s.mu.Unlock()
 	s.metrics.ended(c, f, request, response)
 	s.access.Write(c.record(f, request, response))

@@ -161,13 +161,7 @@ func (p *Proxy) sendNode(ctx context.Context, c *connection, peer *pod, d route.
 	}
 	c.establish()
 	in.establish()
-	h := relay.Splice(app, upstream, func(r relay.Result) {
-		if why := in.aborted(); why != nil {
-			c.abort(why)
-		}
-		in.finish(r, r.Sent, r.Received)
-		c.finish(r, r.Sent, r.Received)
-	})
+	h := relay.Splice(app, upstream, func(r relay.Result) { finishRelay([]*connection{in, c}, r) })
 	in.attach(h)
 	c.attach(h)
 	return nil

@@ -158,6 +158,13 @@ func (s *pods) local(w *mesh.Workload) *pod {
 	return s.byWorkload[w.UID]
 }
 
+// get is the pod with a uid, or nil.
+func (s *pods) get(uid string) *pod {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byUID[uid]
+}
+
 func (s *pods) list() []*pod {
 	s.mu.Lock()
 	defer s.mu.Unlock()

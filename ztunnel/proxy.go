@@ -53,6 +53,7 @@ type Proxy struct {
 	// running ends when the process is about to: connections live in it.
 	running  context.Context
 	draining atomic.Bool
+	taken    atomic.Int64 // connections that came from a predecessor
 }
 
 // Log is where a proxy writes.
@@ -88,10 +89,14 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	})
 	background("configuration", p.source.Run)
 	background("pods", p.followPods)
+	taking, noMore := context.WithCancel(groupCtx)
+	defer noMore()
+	background("hand-over", func(context.Context) error { return p.takeOver(taking) })
 	background("recheck", p.recheck)
 	background("reap", p.connections.reap)
 	select {
 	case <-ctx.Done():
+		noMore()
 		p.drain(groupCtx)
 	case <-groupCtx.Done(): // a part has failed
 	}
@@ -221,17 +226,14 @@ func (p *Proxy) ready() error {
 	return nil
 }
 
-// drain waits until the connections have ended. New ones are still accepted: the node has no other proxy yet.
+// drain gives the open connections to a successor, where there is one, or waits until they have ended. New ones are
+// still accepted: without a successor the node has no other proxy yet, and with one some may be on their way here.
 func (p *Proxy) drain(ctx context.Context) {
 	p.draining.Store(true)
 	p.log.Info("shutting down", zap.Duration("grace", p.cfg.TerminationGrace))
-	grace := time.NewTimer(p.cfg.TerminationGrace)
-	defer grace.Stop()
-	select {
-	case <-p.connections.drained():
-	case <-grace.C:
-	case <-ctx.Done():
-	}
+	ctx, stop := context.WithTimeout(ctx, p.cfg.TerminationGrace)
+	defer stop()
+	p.giveAll(ctx)
 }
 
 // close ends listeners first, so that redirection refuses, and then the tunnels.

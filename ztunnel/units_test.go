@@ -28,7 +28,7 @@ func TestConfigFromEnv(t *testing.T) {
 			TokenFile: "/var/run/secrets/tokens/istio-token"},
 		CA: identity.ControlPlane{Address: "https://istiod.istio-system.svc:15012", RootFile: "/var/run/secrets/istio/root-cert.pem",
 			TokenFile: "/var/run/secrets/tokens/istio-token"},
-		ZDSSocket: "/var/run/ztunnel/ztunnel.sock", BPFFS: "/sys/fs/bpf/fairlead",
+		ZDSSocket: "/var/run/ztunnel/ztunnel.sock", HandoverSocket: "/var/run/ztunnel/handover.sock", BPFFS: "/sys/fs/bpf/fairlead",
 		AdminAddr: "localhost:15000", StatsAddr: ":15020", ReadinessAddr: ":15021", TerminationGrace: 5 * time.Second, LogLevel: "info",
 		Limits: Limits{Connections: 32768, Tunnels: 4096, PeerTunnels: 256, Streams: 1000, BufferedBytes: 256 << 20, HalfClosed: time.Hour},
 	}
@@ -48,6 +48,7 @@ func TestConfigFromEnv(t *testing.T) {
 			func(c *Config) { c.FakeCA, c.ForceHBONE = true, true }, ""},
 		{"grace in seconds", map[string]string{"TERMINATION_GRACE_PERIOD": "30"}, func(c *Config) { c.TerminationGrace = 30 * time.Second }, ""},
 		{"grace as a duration", map[string]string{"TERMINATION_GRACE_PERIOD": "1m30s"}, func(c *Config) { c.TerminationGrace = 90 * time.Second }, ""},
+		{"hand-over", map[string]string{"FAIRLEAD_HANDOVER_SOCKET": "/h"}, func(c *Config) { c.HandoverSocket = "/h" }, ""},
 		{"address", map[string]string{"INSTANCE_IP": "fd00::1"}, func(c *Config) { c.InstanceIP = netip.MustParseAddr("fd00::1") }, ""},
 		{"limits", map[string]string{"FAIRLEAD_POD_MAX_CONNECTIONS": "1", "FAIRLEAD_POD_MAX_TUNNELS": "2", "FAIRLEAD_PEER_MAX_TUNNELS": "3",
 			"FAIRLEAD_TUNNEL_MAX_STREAMS": "4", "FAIRLEAD_POD_MAX_BUFFERED_BYTES": "5", "FAIRLEAD_HALF_CLOSED_TIMEOUT": "0"},

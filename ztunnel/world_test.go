@@ -316,10 +316,11 @@ func (w *world) node(name string, env map[string]string) *node {
 	n.end = cancel
 	n.stop = func() { cancel(); proxy.Wait(); stopAgent(); agent.Wait() }
 	w.t.Cleanup(n.stop)
-	n.socket = filepath.Join(dir, "z")
+	socket := filepath.Join(dir, "z")
+	n.socket = socket
 	n.agent.Synced()
 	agent.Go(func() {
-		if err := n.agent.Serve(agentCtx, n.socket); err != nil {
+		if err := n.agent.Serve(agentCtx, socket); err != nil {
 			w.t.Error(err)
 		}
 	})

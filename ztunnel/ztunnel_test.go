@@ -307,7 +307,7 @@ func (s *shop) greeted(ns *os.File, to string) *net.TCPConn {
 func (s *shop) eventually(try func() error, what string) {
 	s.t.Helper()
 	var err error
-	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if err = try(); err == nil {
 			return
 		}
