@@ -36,7 +36,7 @@ func (p *Proxy) newServer(pod *pod) *hbone.Server {
 		TLS: func(_ context.Context, hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			return config.GetConfigForClient(hello)
 		},
-		Handle: func(in *hbone.Incoming) { p.serveInbound(pod, in) },
+		Begin:  func(in *hbone.Incoming) func() { return p.serveInbound(pod, in) },
 		Driver: p.driver,
 		Log:    p.log,
 
@@ -48,34 +48,81 @@ func (p *Proxy) newServer(pod *pod) *hbone.Server {
 	})
 }
 
-// serveInbound answers one CONNECT.
-func (p *Proxy) serveInbound(pod *pod, in *hbone.Incoming) {
+// serveInbound answers one CONNECT. It runs on an event loop: what has to wait is returned.
+func (p *Proxy) serveInbound(pod *pod, in *hbone.Incoming) (rest func()) {
 	c := p.connections.open(pod, inbound, in.RemoteAddr, in.LocalAddr)
 	c.path, c.mutualTLS, c.hbone = pathHBONE, true, in.Authority
-	failed := p.connections.admit(c)
-	if failed == nil {
-		failed = p.letIn(c, in)
+	if failed := p.connections.admit(c); failed != nil {
+		c.reject(in, failed)
+		return nil
 	}
-	if failed != nil {
-		in.Reject(reasons[failed.reason].status, failed.Error())
-		c.fail(failed)
+	if snap, self := p.known(pod); self != nil {
+		return p.letIn(c, snap, self, in)
+	}
+	return func() {
+		ctx, cancel := context.WithTimeout(in.Context(), setupTimeout)
+		defer cancel()
+		snap, self, failed := p.view(ctx, pod)
+		if failed != nil {
+			c.reject(in, failed)
+		} else if rest := p.letIn(c, snap, self, in); rest != nil {
+			rest()
+		}
 	}
 }
 
-// letIn decides and connects. Without a failure, the stream belongs to a relay.
-func (p *Proxy) letIn(c *connection, in *hbone.Incoming) *failure {
-	ctx, cancel := context.WithTimeout(in.Context(), setupTimeout)
-	defer cancel()
+// reject answers with a refusal and ends the connection.
+func (c *connection) reject(in *hbone.Incoming, failed *failure) {
+	in.Reject(reasons[failed.reason].status, failed.Error())
+	c.fail(failed)
+}
+
+// letIn decides and begins to connect; rest waits for that, where it takes time.
+func (p *Proxy) letIn(c *connection, snap *state.Snapshot, self *mesh.Workload, in *hbone.Incoming) (rest func()) {
+	if failed := p.decideInbound(c, snap, self, in); failed != nil {
+		c.reject(in, failed)
+		return nil
+	}
+	app, pending, err := p.sockets.Begin(c.pod.Netns, c.towardsApplication(), c.asked)
+	if err != nil {
+		c.reject(in, classify(err))
+		return nil
+	}
+	if !pending {
+		p.deliver(c, in, app)
+		return nil
+	}
+	return func() {
+		ctx, cancel := context.WithTimeout(in.Context(), setupTimeout)
+		defer cancel()
+		app, err := p.sockets.Finish(ctx, app, c.asked)
+		if err != nil {
+			c.reject(in, classify(err))
+			return
+		}
+		p.deliver(c, in, app)
+	}
+}
+
+// deliver answers the peer and joins the stream with the application's socket, app, which it owns.
+func (p *Proxy) deliver(c *connection, in *hbone.Incoming, app int) {
+	stream, err := in.Accept()
+	if err != nil {
+		c.refuse(app, classify(err))
+		return
+	}
+	c.establish()
+	c.attach(stream)
+	stream.RelayFD(app, func(r relay.Result) { c.finish(r, r.Received, r.Sent) })
+}
+
+// decideInbound describes the connection and asks whether it may come in.
+func (p *Proxy) decideInbound(c *connection, snap *state.Snapshot, self *mesh.Workload, in *hbone.Incoming) *failure {
 	peer, err := identity.FromTLS(*in.Peer)
 	if err != nil {
 		return fail(reasonIdentity, "%w", err)
 	}
-	c.sourceID, c.destID = peer, c.pod.identity
-	snap, self, failed := p.view(ctx, c.pod)
-	if failed != nil {
-		return failed
-	}
-	c.destination = self
+	c.sourceID, c.destID, c.destination = peer, c.pod.identity, self
 	c.describeSource(snap, self, in)
 	d := route.Inbound(self, in.LocalAddr.Addr(), in.Authority)
 	if d.Action == route.Refuse {
@@ -85,22 +132,7 @@ func (p *Proxy) letIn(c *connection, in *hbone.Incoming) *failure {
 	if failed := c.refuseOwnListener(); failed != nil {
 		return failed
 	}
-	if failed := c.authorize(p.store, authz.Connection{Source: peer, SourceIP: c.client.Addr(), Destination: d.Target}); failed != nil {
-		return failed
-	}
-	app, err := p.dialApplication(ctx, c)
-	if err != nil {
-		return classify(err)
-	}
-	stream, err := in.Accept()
-	if err != nil {
-		reset(app)
-		return classify(err)
-	}
-	c.establish()
-	c.attach(stream)
-	stream.Relay(app, func(r relay.Result) { c.finish(r, r.Received, r.Sent) })
-	return nil
+	return c.authorize(p.store, authz.Connection{Source: peer, SourceIP: c.client.Addr(), Destination: d.Target})
 }
 
 // describeSource finds out what can be said of the peer for logs and metrics: the workload with its address, when that
@@ -148,20 +180,26 @@ const (
 	portAttempts    = 8
 )
 
-// dialApplication connects to the pod's application from the client's address, so that the application sees who calls.
-// A client of another family than the application's cannot be shown, nor one on loopback. A pod that calls itself needs
-// nothing: the kernel chooses that very address.
-func (p *Proxy) dialApplication(ctx context.Context, c *connection) (*net.TCPConn, error) {
+// towardsApplication is how to connect to the pod's application from the client's address, so that the application sees
+// who calls. A client of another family than the application's cannot be shown, nor one on loopback. A pod that calls
+// itself needs nothing: the kernel chooses that very address.
+func (c *connection) towardsApplication() netns.DialOptions {
 	client := c.client.Addr()
 	if client.Is4() != c.asked.Addr().Is4() || client.IsLoopback() || client == c.asked.Addr() {
-		return netns.Dial(ctx, c.pod.Netns, netns.DialOptions{Mark: netns.ProxyMark}, c.asked)
+		return netns.DialOptions{Mark: netns.ProxyMark}
 	}
 	options := netns.DialOptions{Source: netip.AddrPortFrom(client, 0), Transparent: true, Mark: netns.ProxyMark}
 	if c.pod.slots {
 		// The pod's routing brings what carries this mark to lo, and so the application's answers back here.
 		options.Mark, options.Device = netns.RedirectMark, "lo"
 	}
-	if c.path != pathPlain {
+	return options
+}
+
+// dialApplication connects to the pod's application for a connection that did not come through a tunnel.
+func (p *Proxy) dialApplication(ctx context.Context, c *connection) (*net.TCPConn, error) {
+	options := c.towardsApplication()
+	if c.path != pathPlain || !options.Source.IsValid() {
 		return netns.Dial(ctx, c.pod.Netns, options, c.asked)
 	}
 	// The client's own connections to this very address exist in this namespace, held by the plaintext listener: one more
@@ -169,7 +207,7 @@ func (p *Proxy) dialApplication(ctx context.Context, c *connection) (*net.TCPCon
 	var err error
 	for range portAttempts {
 		port := uint16(firstSourcePort + rand.N(sourcePorts))
-		options.Source = netip.AddrPortFrom(client, port)
+		options.Source = netip.AddrPortFrom(c.client.Addr(), port)
 		if p.connections.clientUses(options.Source, c.asked) {
 			continue
 		}

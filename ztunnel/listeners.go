@@ -8,18 +8,15 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/internal/loop"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
-
-// acceptPause is how long a listener waits after a failure to accept.
-const acceptPause = 50 * time.Millisecond
 
 // purpose is what a listener takes.
 type purpose int
@@ -140,8 +137,8 @@ func fillSlots(slots *bpf.Listeners, listeners []*listener) error {
 // asked is the address that a connection was opened to. Redirection leaves it as the accepted socket's own address,
 // except for rules that rewrite it to the listener's: those keep it beside (SO_ORIGINAL_DST). A connection that was
 // really opened to the listener has none, and would lead back to it for ever.
-func (l *listener) asked(conn *net.TCPConn) (netip.AddrPort, *failure) {
-	local := addrPort(conn.LocalAddr())
+func (l *listener) asked(conn int) (netip.AddrPort, *failure) {
+	local := loop.LocalAddr(conn)
 	if l.slots && local != l.addr || !l.slots && local.Port() != l.addr.Port() {
 		return local, nil
 	}
@@ -157,27 +154,15 @@ func (l *listener) asked(conn *net.TCPConn) (netip.AddrPort, *failure) {
 const soOriginalDst = 80
 
 // originalDestination asks netfilter for the address that a redirected connection was opened to.
-func originalDestination(conn *net.TCPConn, ipv4 bool) (netip.AddrPort, error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return netip.AddrPort{}, err
+func originalDestination(conn int, ipv4 bool) (netip.AddrPort, error) {
+	if ipv4 {
+		var sa unix.RawSockaddrInet4
+		err := getsockopt(uintptr(conn), unix.SOL_IP, soOriginalDst, unsafe.Pointer(&sa), unix.SizeofSockaddrInet4)
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), networkOrder(sa.Port)), err
 	}
-	var original netip.AddrPort
-	var asked error
-	err = raw.Control(func(fd uintptr) {
-		if ipv4 {
-			var sa unix.RawSockaddrInet4
-			if asked = getsockopt(fd, unix.SOL_IP, soOriginalDst, unsafe.Pointer(&sa), unix.SizeofSockaddrInet4); asked == nil {
-				original = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), networkOrder(sa.Port))
-			}
-			return
-		}
-		var sa unix.RawSockaddrInet6
-		if asked = getsockopt(fd, unix.SOL_IPV6, soOriginalDst, unsafe.Pointer(&sa), unix.SizeofSockaddrInet6); asked == nil {
-			original = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), networkOrder(sa.Port))
-		}
-	})
-	return original, errors.Join(err, asked)
+	var sa unix.RawSockaddrInet6
+	err := getsockopt(uintptr(conn), unix.SOL_IPV6, soOriginalDst, unsafe.Pointer(&sa), unix.SizeofSockaddrInet6)
+	return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), networkOrder(sa.Port)), err
 }
 
 func getsockopt(fd uintptr, level, name int, value unsafe.Pointer, size uint32) error {

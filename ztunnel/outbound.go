@@ -13,6 +13,7 @@ import (
 	"crypto/tls"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -20,56 +21,89 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/authz"
 	"github.com/fairlead-mesh/fairlead/internal/hbone"
 	"github.com/fairlead-mesh/fairlead/internal/identity"
+	"github.com/fairlead-mesh/fairlead/internal/loop"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 	"github.com/fairlead-mesh/fairlead/internal/route"
+	"github.com/fairlead-mesh/fairlead/internal/state"
 )
 
 // setupTimeout bounds everything between accepting a connection and relaying its bytes.
 const setupTimeout = 10 * time.Second
 
-// serveOutbound carries one connection of the pod's application, app, which it owns.
-func (p *Proxy) serveOutbound(ctx context.Context, pod *pod, l *listener, app *net.TCPConn) {
+// serveOutbound carries one connection of the pod's application, app, which it owns. It runs on an event loop: what has to
+// wait goes on in a goroutine.
+func (p *Proxy) serveOutbound(pod *pod, l *listener, app int, client netip.AddrPort) {
 	asked, failed := l.asked(app)
-	c := p.connections.open(pod, outbound, addrPort(app.RemoteAddr()), asked)
+	c := p.connections.open(pod, outbound, client, asked)
 	if failed == nil {
 		failed = p.connections.admit(c)
 	}
-	if failed == nil {
-		failed = p.sendOut(ctx, c, app)
-	}
 	if failed != nil {
-		reset(app)
-		c.fail(failed)
+		c.refuse(app, failed)
+		return
 	}
+	if snap, self := p.known(pod); self != nil {
+		p.sendOut(c, snap, self, app)
+		return
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(p.running, setupTimeout)
+		defer cancel()
+		snap, self, failed := p.view(ctx, pod)
+		if failed != nil {
+			c.refuse(app, failed)
+			return
+		}
+		p.sendOut(c, snap, self, app)
+	}()
 }
 
-// sendOut decides and connects. Without a failure, app belongs to a relay.
-func (p *Proxy) sendOut(ctx context.Context, c *connection, app *net.TCPConn) *failure {
-	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
-	defer cancel()
-	snap, self, failed := p.view(ctx, c.pod)
-	if failed != nil {
-		return failed
-	}
+// refuse ends a connection whose application has been accepted and gets no further.
+func (c *connection) refuse(app int, failed *failure) {
+	loop.Reset(app)
+	c.fail(failed)
+}
+
+// sendOut decides, and begins to connect.
+func (p *Proxy) sendOut(c *connection, snap *state.Snapshot, self *mesh.Workload, app int) {
 	c.source, c.sourceID = self, c.pod.identity
 	d := route.Outbound(snap, self, c.asked, rand.Uint64())
 	c.destination, c.service, c.hop = d.Destination, d.Service, d.NextHop
 	switch d.Action {
 	case route.Passthrough, route.Plain:
-		return p.sendPlain(ctx, c, app)
+		go p.sendBeside(c, app, p.sendPlain)
 	case route.HBONE:
 		if peer := p.onThisNode(c, d); peer != nil {
-			return p.sendNode(ctx, c, peer, d, app)
+			go p.sendBeside(c, app, func(ctx context.Context, c *connection, app *net.TCPConn) *failure {
+				return p.sendNode(ctx, c, peer, d, app)
+			})
+			return
 		}
-		return p.sendTunnel(ctx, c, d, app)
+		p.sendTunnel(c, d, app)
+	default:
+		c.refuse(app, refused(d))
 	}
-	return refused(d)
+}
+
+// sendBeside sends app, which it owns, on by a way that is no tunnel and may take its time.
+func (p *Proxy) sendBeside(c *connection, app int, way func(context.Context, *connection, *net.TCPConn) *failure) {
+	ctx, cancel := context.WithTimeout(p.running, setupTimeout)
+	defer cancel()
+	conn, err := loop.Attach(app)
+	if err != nil {
+		c.fail(classify(err))
+		return
+	}
+	if failed := way(ctx, c, conn); failed != nil {
+		reset(conn)
+		c.fail(failed)
+	}
 }
 
 // sendTunnel goes through a tunnel to the next proxy, which may be a waypoint.
-func (p *Proxy) sendTunnel(ctx context.Context, c *connection, d route.Decision, app *net.TCPConn) *failure {
+func (p *Proxy) sendTunnel(c *connection, d route.Decision, app int) {
 	c.hbone, c.path = d.Authority, pathHBONE
 	if d.Waypoint {
 		c.path = pathWaypoint
@@ -95,20 +129,21 @@ func (p *Proxy) sendTunnel(ctx context.Context, c *connection, d route.Decision,
 		return conn, identity.ClientTLS(bundle, d.Expected), nil
 	}
 	request := hbone.Request{Authority: d.Authority, Header: requestHeader(c.client, c.source, c.service)}
-	stream, err := p.pool.Open(ctx, key, dial, request)
-	if err != nil {
-		return classify(err)
-	}
-	if state := stream.ConnectionState(); state != nil {
-		// The handshake has verified it to be one of those expected.
-		if id, err := identity.FromTLS(*state); err == nil {
-			c.destID, c.mutualTLS = id, true
+	p.pool.Start(p.running, setupTimeout, key, dial, request, func(stream *hbone.Stream, err error) {
+		if err != nil {
+			c.refuse(app, classify(err))
+			return
 		}
-	}
-	c.establish()
-	c.attach(stream)
-	stream.Relay(app, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
-	return nil
+		if state := stream.ConnectionState(); state != nil {
+			// The handshake has verified it to be one of those expected.
+			if id, err := identity.FromTLS(*state); err == nil {
+				c.destID, c.mutualTLS = id, true
+			}
+		}
+		c.establish()
+		c.attach(stream)
+		stream.RelayFD(app, func(r relay.Result) { c.finish(r, r.Sent, r.Received) })
+	})
 }
 
 // sendPlain goes to the next hop as the application would have, from inside the pod.

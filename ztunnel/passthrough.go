@@ -10,32 +10,29 @@ package ztunnel
 import (
 	"context"
 	"net"
+	"net/netip"
 
 	"github.com/fairlead-mesh/fairlead/internal/authz"
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 )
 
 // servePassthrough carries one connection from a client outside the mesh, which it owns.
-func (p *Proxy) servePassthrough(ctx context.Context, pod *pod, l *listener, client *net.TCPConn) {
-	asked, failed := l.asked(client)
-	c := p.connections.open(pod, inbound, addrPort(client.RemoteAddr()), asked)
+func (p *Proxy) servePassthrough(pod *pod, l *listener, fd int, from netip.AddrPort) {
+	asked, failed := l.asked(fd)
+	c := p.connections.open(pod, inbound, from, asked)
 	c.path = pathPlain
 	if failed == nil {
 		failed = p.connections.admit(c)
 	}
-	if failed == nil {
-		failed = p.passThrough(ctx, c, client)
-	}
 	if failed != nil {
-		reset(client)
-		c.fail(failed)
+		c.refuse(fd, failed)
+		return
 	}
+	p.sendBeside(c, fd, p.passThrough)
 }
 
 // passThrough decides and connects. Without a failure, client belongs to a relay.
 func (p *Proxy) passThrough(ctx context.Context, c *connection, client *net.TCPConn) *failure {
-	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
-	defer cancel()
 	snap, self, failed := p.view(ctx, c.pod)
 	if failed != nil {
 		return failed

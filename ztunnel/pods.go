@@ -11,10 +11,9 @@ package ztunnel
 import (
 	"context"
 	"fmt"
-	"net"
+	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
@@ -30,10 +29,11 @@ import (
 type pods struct {
 	proxy *Proxy
 
-	mu         sync.Mutex
-	byUID      map[string]*pod // by the pod's own uid
-	byWorkload map[string]*pod // by the workload's uid in the mesh
-	snapshot   bool            // the agent has named all pods
+	mu       sync.Mutex
+	byUID    map[string]*pod // by the pod's own uid
+	snapshot bool            // the agent has named all pods
+	// byWorkload has a lock of its own: an event loop asks it for each connection, and mu is held while the loop is waited for.
+	byWorkload sync.Map // string, the workload's uid in the mesh → *pod
 }
 
 // pod is one pod that this proxy serves.
@@ -47,14 +47,14 @@ type pod struct {
 	server      *hbone.Server
 	buffers     *hbone.Buffers // of its tunnels, in both directions
 	connections int            // open now; guarded by connections.mu
-	stop        context.CancelFunc
+	stops       []func()       // end accepting
 }
 
 // workload is what the mesh knows of the pod, or nil.
 func (p *pod) workload(snap *state.Snapshot) *mesh.Workload { return snap.Workload(p.workloadUID) }
 
 func newPods(proxy *Proxy) *pods {
-	return &pods{proxy: proxy, byUID: map[string]*pod{}, byWorkload: map[string]*pod{}}
+	return &pods{proxy: proxy, byUID: map[string]*pod{}}
 }
 
 // Add serves a pod, or takes its current description. It returns when connections of the pod are accepted.
@@ -87,7 +87,8 @@ func (s *pods) Add(ctx context.Context, w zds.Workload) error {
 		return fmt.Errorf("add pod %s/%s: %w", w.Namespace, w.Name, err)
 	}
 	s.proxy.certs.Warm(p.identity)
-	s.byUID[p.UID], s.byWorkload[p.workloadUID] = p, p
+	s.byUID[p.UID] = p
+	s.byWorkload.Store(p.workloadUID, p)
 	s.proxy.log.Info("serving pod", zap.String("pod", p.Namespace+"/"+p.Name), zap.String("uid", p.UID), zap.Bool("ebpf", p.slots))
 	return nil
 }
@@ -132,9 +133,7 @@ func (s *pods) Snapshot(named map[string]struct{}) {
 // remove stops serving a pod. The lock is held.
 func (s *pods) remove(p *pod) {
 	delete(s.byUID, p.UID)
-	if s.byWorkload[p.workloadUID] == p {
-		delete(s.byWorkload, p.workloadUID)
-	}
+	s.byWorkload.CompareAndDelete(p.workloadUID, p)
 	p.close()
 	p.Netns.Close()
 	// Peers are told to take no more streams on the tunnels they have.
@@ -153,9 +152,9 @@ func (s *pods) synced() bool {
 
 // local is the pod of this node that a workload is, or nil.
 func (s *pods) local(w *mesh.Workload) *pod {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.byWorkload[w.UID]
+	p, _ := s.byWorkload.Load(w.UID)
+	found, _ := p.(*pod)
+	return found
 }
 
 // get is the pod with a uid, or nil.
@@ -198,16 +197,14 @@ func (p *pod) serve(proxy *Proxy) error {
 	if p.listeners, err = listen(p.Netns, p.slots); err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(proxy.running)
-	p.stop = stop
 	p.buffers = hbone.NewBuffers(proxy.cfg.Limits.BufferedBytes, func(l hbone.Limit) { proxy.metrics.limited(p, l) })
 	p.server = proxy.newServer(p)
 	for _, l := range p.listeners {
 		switch l.purpose {
 		case purposeOutbound:
-			go p.accept(ctx, proxy, l, proxy.serveOutbound)
+			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { proxy.serveOutbound(p, l, app, from) })
 		case purposePlaintext:
-			go p.accept(ctx, proxy, l, proxy.servePassthrough)
+			err = p.accept(proxy, l, func(client int, from netip.AddrPort) { go proxy.servePassthrough(p, l, client, from) })
 		case purposeHBONE:
 			go func() {
 				// Tunnels outlive the pod's listeners, as connections do.
@@ -215,6 +212,10 @@ func (p *pod) serve(proxy *Proxy) error {
 					proxy.log.Error("HBONE listener failed", zap.String("pod", p.Namespace+"/"+p.Name), zap.Error(err))
 				}
 			}()
+		}
+		if err != nil {
+			p.close()
+			return err
 		}
 	}
 	if slots != nil {
@@ -243,31 +244,22 @@ func (p *pod) refresh(bpffs string) (bool, error) {
 	return true, fillSlots(slots, p.listeners)
 }
 
-// accept serves each connection of a listener in a goroutine, for as long as it is being made.
-func (p *pod) accept(ctx context.Context, proxy *Proxy, l *listener, serve func(context.Context, *pod, *listener, *net.TCPConn)) {
-	for {
-		conn, err := l.AcceptTCP()
-		if ctx.Err() != nil {
-			if err == nil {
-				reset(conn)
-			}
-			return
-		}
-		if err != nil {
-			// Out of descriptors or memory: connections under way must end first.
-			proxy.log.Warn("accept connection", zap.String("pod", p.Namespace+"/"+p.Name), zap.Error(err))
-			time.Sleep(acceptPause)
-			continue
-		}
-		// Connections outlive the pod's listeners.
-		go serve(proxy.running, p, l, conn)
+// accept lets serve have the connections of a listener. They outlive it.
+func (p *pod) accept(proxy *Proxy, l *listener, serve func(conn int, from netip.AddrPort)) error {
+	stop, err := proxy.driver.Accept(l.TCPListener, serve, func(err error) {
+		proxy.log.Warn("accept connection", zap.String("pod", p.Namespace+"/"+p.Name), zap.Error(err))
+	})
+	if err != nil {
+		return fmt.Errorf("accept connections: %w", err)
 	}
+	p.stops = append(p.stops, stop)
+	return nil
 }
 
 // close ends the listeners. Tunnels and connections live on and end with their peers.
 func (p *pod) close() {
-	if p.stop != nil {
-		p.stop()
+	for _, stop := range p.stops {
+		stop()
 	}
 	for _, l := range p.listeners {
 		l.Close()

@@ -21,6 +21,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/hbone"
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/state"
 	"github.com/fairlead-mesh/fairlead/internal/xds"
 	"github.com/fairlead-mesh/fairlead/internal/zds"
@@ -49,6 +50,7 @@ type Proxy struct {
 	connections *connections
 	metrics     *metrics
 	registry    *prometheus.Registry
+	sockets     *netns.Beginner
 
 	// running ends when the process is about to: connections live in it.
 	running  context.Context
@@ -132,6 +134,9 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 		registry: prometheus.NewRegistry(),
 		certs:    identity.NewCertificates(running, fetcher, log.Process),
 	}
+	if p.sockets, err = netns.NewBeginner(); err != nil {
+		return nil, err
+	}
 	if p.driver, p.stopDriver, err = newDriver(cfg); err != nil {
 		return nil, err
 	}
@@ -163,6 +168,17 @@ func newConfiguration(cfg Config, node *core.Node, store *state.Store, log *zap.
 	client := xds.NewClient(xds.ClientConfig{Dial: cfg.XDS.Dial, Node: node, Log: log})
 	subscribe(client, store)
 	return client
+}
+
+// known is view without waiting: no workload where view would wait.
+func (p *Proxy) known(pod *pod) (*state.Snapshot, *mesh.Workload) {
+	select {
+	case <-p.source.Synced():
+	default:
+		return nil, nil
+	}
+	snap := p.store.Load()
+	return snap, pod.workload(snap)
 }
 
 // view is what the mesh knows at this moment, and of the pod itself. A pod that has just started may be ahead of the
@@ -254,4 +270,5 @@ func (p *Proxy) close() {
 	})
 	servers.Wait()
 	p.stopDriver()
+	_ = p.sockets.Close() // the process ends
 }

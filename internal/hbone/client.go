@@ -108,15 +108,82 @@ func (p *Pool) Open(ctx context.Context, key Key, dial Dialer, req Request) (*St
 		if err == nil {
 			return s, nil
 		}
-		again := errors.Is(err, errTunnelFull) || errors.Is(err, errTunnelDraining) || errors.Is(err, errRefused)
-		var lost *TunnelError
-		if !again && errors.As(err, &lost) {
-			again = reused // an old tunnel may have died unseen; a fresh one that breaks is news
-		}
-		if !again || attempt == 3 || ctx.Err() != nil {
+		if !mayRepeat(err, reused) || attempt == 3 || ctx.Err() != nil {
 			return nil, err
 		}
 	}
+}
+
+// mayRepeat says that the peer has surely not looked at a stream that failed. reused: its tunnel had carried others.
+func mayRepeat(err error, reused bool) bool {
+	if errors.Is(err, errTunnelFull) || errors.Is(err, errTunnelDraining) || errors.Is(err, errRefused) {
+		return true
+	}
+	var lost *TunnelError
+	return errors.As(err, &lost) && reused // an old tunnel may have died unseen; a fresh one that breaks is news
+}
+
+// Start is Open for a caller that does not wait: opened is called once, with what Open would have returned. Where a tunnel
+// of an event loop stands with room for a stream no goroutine has a part in it, and opened is called on the loop; else in a
+// goroutine. It must not block. within bounds the whole.
+func (p *Pool) Start(ctx context.Context, within time.Duration, key Key, dial Dialer, req Request, opened func(*Stream, error)) {
+	wait := func() {
+		ctx, cancel := context.WithTimeout(ctx, within)
+		defer cancel()
+		opened(p.Open(ctx, key, dial, req))
+	}
+	t, reused := p.standing(key)
+	if t == nil {
+		go wait()
+		return
+	}
+	s := t.t.newStream()
+	late := time.AfterFunc(within, func() { s.Abort(context.DeadlineExceeded) })
+	s.onEnd, s.early = t.release, req.Early
+	s.onAnswer = func(status int, err error) {
+		late.Stop()
+		switch {
+		case err != nil && mayRepeat(err, reused):
+			go wait()
+		case err != nil:
+			opened(nil, err)
+		case status/100 != 2:
+			s.Abort(ErrAborted) // as in openOn
+			opened(nil, &StatusError{Code: status, Reason: reasonOf(s.header)})
+		default:
+			opened(s, nil)
+		}
+	}
+	t.t.connect(s, &req)
+}
+
+// standing takes a stream's slot on a tunnel that stands and belongs to an event loop, or returns nil. The goroutine driver
+// calls back with its lock held, which Start's callers cannot know.
+func (p *Pool) standing(key Key) (t *pooled, reused bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.keys[key]
+	if e == nil || p.closed {
+		return nil, false
+	}
+	if t = e.pick(); t == nil {
+		return nil, false
+	}
+	if _, ok := t.t.(*loopTunnel); !ok {
+		return nil, false
+	}
+	return t, t.take()
+}
+
+// take takes a stream's slot; reused says that the tunnel has carried streams before. Pool.mu is held.
+func (t *pooled) take() (reused bool) {
+	reused, t.used = t.used, true
+	t.streams++
+	if t.idle != nil {
+		t.idle.Stop()
+		t.idle = nil
+	}
+	return reused
 }
 
 // openOn sends the CONNECT on a tunnel with a reserved slot and waits for the answer.
@@ -159,13 +226,7 @@ func (p *Pool) reserve(ctx context.Context, key Key, dial Dialer) (t *pooled, re
 			p.keys[key] = e
 		}
 		if t := e.pick(); t != nil {
-			reused = t.used
-			t.used = true
-			t.streams++
-			if t.idle != nil {
-				t.idle.Stop()
-				t.idle = nil
-			}
+			reused = t.take()
 			p.mu.Unlock()
 			return t, reused, nil
 		}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/fairlead-mesh/fairlead/internal/hbone/machine"
+	"github.com/fairlead-mesh/fairlead/internal/loop"
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 )
 
@@ -412,8 +413,7 @@ type answerer interface {
 func newIncoming(s *Stream, a answerer, ev *machine.Event) *Incoming {
 	in := &Incoming{Request: Request{Authority: ev.Authority, Header: ev.Header}, Peer: s.conn.tls,
 		LocalAddr: addrPort(s.conn.local), RemoteAddr: addrPort(s.conn.remote), s: s, answer: a.answer}
-	in.ctx, in.cancel = context.WithCancel(context.Background())
-	s.cancel = in.cancel
+	_, in.onLoop = a.(*loopTunnel)
 	return in
 }
 
@@ -428,4 +428,14 @@ func addrPort(a net.Addr) netip.AddrPort {
 
 func (t *goTunnel) relay(s *Stream, app *net.TCPConn, done func(relay.Result)) {
 	relayStream(s, app, &t.d.buffers, done)
+}
+
+func (t *goTunnel) relayFD(s *Stream, fd int, done func(relay.Result)) {
+	app, err := loop.Attach(fd)
+	if err != nil {
+		s.Abort(err)
+		done(relay.Result{Err: err, Reset: true})
+		return
+	}
+	t.relay(s, app, done)
 }

@@ -99,4 +99,9 @@ type tunnel interface {
 type Driver interface {
 	// start does the TLS handshake on nc (bounded by ctx) and takes nc over. The error of a failed handshake is a *TLSError.
 	start(ctx context.Context, nc net.Conn, cfg *tls.Config, tc tunnelConfig) (tunnel, error)
+	// Accept calls accepted for each connection that comes to ln, with a bare descriptor, non-blocking and close-on-exec,
+	// that accepted owns. It must not block: with Loops it runs on an event loop, so that a connection that Pool.Start
+	// sends on costs no goroutine. What cannot be accepted is told to failed, and tried again soon. stop ends it, after
+	// the connections that wait; ln stays the caller's.
+	Accept(ln *net.TCPListener, accepted func(conn int, from netip.AddrPort), failed func(error)) (stop func(), err error)
 }

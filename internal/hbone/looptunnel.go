@@ -150,6 +150,10 @@ func (t *loopTunnel) relay(s *Stream, app *net.TCPConn, done func(relay.Result))
 		done(relay.Result{Err: err, Reset: true})
 		return
 	}
+	t.relayFD(s, fd, done)
+}
+
+func (t *loopTunnel) relayFD(s *Stream, fd int, done func(relay.Result)) {
 	t.w.loop.Post(func() { t.attach(s, fd, done) })
 }
 

@@ -37,9 +37,14 @@ func (s *Stream) deliver(p []byte, end bool) bool {
 // answered is the peer's answer to the CONNECT.
 func (s *Stream) answered(status int, header []hpack.HeaderField) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.status, s.header = status, header
 	s.writable.Broadcast()
+	tell := s.onAnswer
+	s.onAnswer = nil
+	s.mu.Unlock()
+	if tell != nil {
+		tell(status, nil)
+	}
 }
 
 // awaitAnswer waits for answered or the stream's end.
@@ -89,13 +94,18 @@ func (s *Stream) end(err error) {
 	}
 	s.readable.Broadcast()
 	s.writable.Broadcast()
-	onEnd, cancel := s.onEnd, s.cancel
+	onEnd, cancel, tell := s.onEnd, s.cancel, s.onAnswer
+	s.onAnswer = nil
+	err = s.werr
 	s.mu.Unlock()
 	if cancel != nil {
 		cancel()
 	}
 	if onEnd != nil {
 		onEnd()
+	}
+	if tell != nil {
+		tell(0, err)
 	}
 }
 

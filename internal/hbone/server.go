@@ -29,7 +29,11 @@ type ServerConfig struct {
 	TLS func(ctx context.Context, hello *tls.ClientHelloInfo) (*tls.Config, error)
 	// Handle is called for each CONNECT in a goroutine of its own. It may block for policy and dial, and must call
 	// Accept or Reject once; when it returns without, the stream is rejected with 500.
-	Handle           func(*Incoming)
+	Handle func(*Incoming)
+	// Begin is called instead of Handle when set: with the loop driver on the event loop itself, so that it must not
+	// block. What takes longer it returns as a function, which then runs in a goroutine as Handle does; nil when it has
+	// called Accept or Reject.
+	Begin            func(*Incoming) (rest func())
 	Driver           Driver        // nil = Goroutines()
 	Log              *zap.Logger   // nil = no log
 	MaxStreams       int           // streams a peer may have open on one tunnel; 0 = 1000
@@ -166,10 +170,24 @@ func (sv *served) incoming(in *Incoming) {
 		go in.Reject(503, "too many streams") // not at once: the driver is in the middle of its input
 		return
 	}
+	handle := func() { sv.s.cfg.Handle(in) }
+	if begin := sv.s.cfg.Begin; begin != nil {
+		if !in.onLoop {
+			handle = func() {
+				if rest := begin(in); rest != nil {
+					rest()
+				}
+			}
+		} else if handle = begin(in); handle == nil {
+			in.finish()
+			sv.handlers.Add(-1)
+			return
+		}
+	}
 	go func() {
 		defer sv.handlers.Add(-1)
 		defer in.finish()
-		sv.s.cfg.Handle(in)
+		handle()
 	}()
 }
 
@@ -242,14 +260,25 @@ type Incoming struct {
 	RemoteAddr, LocalAddr netip.AddrPort       // of the tunnel's TCP connection
 
 	s      *Stream
-	ctx    context.Context
+	onLoop bool            // the caller of events.incoming holds no lock
+	ctx    context.Context // made when asked for; guarded by s.mu, as cancel
 	cancel context.CancelFunc
 	answer func(s *Stream, status int, h []hpack.HeaderField, end bool) error // by the driver
 	once   sync.Once
 }
 
 // Context ends when the peer gives the stream up, the tunnel is lost, or Handle returns: bound the dial with it.
-func (in *Incoming) Context() context.Context { return in.ctx }
+func (in *Incoming) Context() context.Context {
+	in.s.mu.Lock()
+	defer in.s.mu.Unlock()
+	if in.ctx == nil {
+		in.ctx, in.cancel = context.WithCancel(context.Background())
+		if in.s.cancel = in.cancel; in.s.over {
+			in.cancel()
+		}
+	}
+	return in.ctx
+}
 
 // Accept answers 200 and returns the stream. It fails when the peer has given up meanwhile.
 func (in *Incoming) Accept() (*Stream, error) {
@@ -276,7 +305,12 @@ func (in *Incoming) Reject(status int, reason string) {
 // finish runs after Handle.
 func (in *Incoming) finish() {
 	in.Reject(500, "")
-	in.cancel()
+	in.s.mu.Lock()
+	cancel := in.cancel
+	in.s.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
 }
 
 // quoted makes s fit for a quoted string of RFC 8941: printable ASCII, with \ and " escaped.

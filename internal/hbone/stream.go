@@ -49,7 +49,8 @@ type Stream struct {
 	rdl, wdl deadline
 	over     bool
 	onEnd    func()
-	early    bool // DATA may go before the answer; set before the CONNECT
+	onAnswer func(status int, err error) // instead of awaitAnswer
+	early    bool                        // DATA may go before the answer; set before the CONNECT
 
 	ms      *machine.Stream // owned by the driver
 	queued  bool            // owned by the driver: on its list of streams to pump
@@ -62,6 +63,7 @@ type Stream struct {
 type carrier interface {
 	poke(s *Stream) // s has output, credit to give back or a wish (half close, reset)
 	relay(s *Stream, app *net.TCPConn, done func(relay.Result))
+	relayFD(s *Stream, app int, done func(relay.Result))
 }
 
 // connInfo is what the streams of one tunnel have in common.
@@ -222,6 +224,9 @@ func (s *Stream) resetQuietly() {
 // and RST are passed on in both directions. With the loop driver no goroutine is kept per connection. done is called
 // once, when both directions have ended, and must not block for long: it runs on the event loop.
 func (s *Stream) Relay(app *net.TCPConn, done func(relay.Result)) { s.t.relay(s, app, done) }
+
+// RelayFD is Relay for a bare descriptor of a connected TCP socket, non-blocking and close-on-exec.
+func (s *Stream) RelayFD(app int, done func(relay.Result)) { s.t.relayFD(s, app, done) }
 
 // Counters reads the application bytes so far: sent into the stream and received from it. It may be called at any time.
 func (s *Stream) Counters() (sent, received int64) { return s.sent.Load(), s.received.Load() }

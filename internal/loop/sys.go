@@ -2,6 +2,8 @@ package loop
 
 import (
 	"net"
+	"net/netip"
+	"os"
 	"syscall"
 	"unsafe"
 
@@ -57,6 +59,56 @@ func SocketError(fd int) syscall.Errno {
 	n := uint32(4)
 	unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_ERROR, uintptr(unsafe.Pointer(&v)), uintptr(unsafe.Pointer(&n)), 0)
 	return syscall.Errno(v)
+}
+
+// Accept is accept4(2): the new descriptor is non-blocking and close-on-exec, and from is the other end.
+func Accept(fd int) (conn int, from netip.AddrPort, errno syscall.Errno) {
+	var sa unix.RawSockaddrInet6
+	size := uint32(unsafe.Sizeof(sa))
+	n, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
+		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	if errno != 0 {
+		return -1, netip.AddrPort{}, errno
+	}
+	return int(n), addrPort(&sa), 0
+}
+
+// LocalAddr is getsockname(2); the zero value for a socket that is gone.
+func LocalAddr(fd int) netip.AddrPort {
+	var sa unix.RawSockaddrInet6
+	size := uint32(unsafe.Sizeof(sa))
+	unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)))
+	return addrPort(&sa)
+}
+
+// addrPort reads an address of either family, IPv4 in its own form.
+func addrPort(sa *unix.RawSockaddrInet6) netip.AddrPort {
+	port := (*[2]byte)(unsafe.Pointer(&sa.Port)) // network order
+	at := uint16(port[0])<<8 | uint16(port[1])
+	switch sa.Family {
+	case unix.AF_INET:
+		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(sa)).Addr), at)
+	case unix.AF_INET6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), at)
+	}
+	return netip.AddrPort{}
+}
+
+// Reset closes fd, which no loop has, so that its other end sees a TCP reset.
+func Reset(fd int) {
+	LingerZero(fd)
+	unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
+}
+
+// Attach is the opposite of Detach: it gives fd, which it owns, to the Go netpoller.
+func Attach(fd int) (*net.TCPConn, error) {
+	file := os.NewFile(uintptr(fd), "connection")
+	defer file.Close()
+	c, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
 }
 
 // Detach takes c out of the Go netpoller: it returns a descriptor of the same socket, non-blocking and close-on-exec,
