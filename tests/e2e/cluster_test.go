@@ -48,7 +48,11 @@ func prepare() (*lab, error) {
 	if l.before, err = l.nodeState(); err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(filepath.Join(top, "hack/cluster.sh"), "install")
+	arguments := []string{"install"}
+	if way := redirection(); way != "" {
+		arguments = append(arguments, "--", "--set", "cni.redirection="+way)
+	}
+	cmd := exec.Command(filepath.Join(top, "hack/cluster.sh"), arguments...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("install: %w", err)
@@ -56,12 +60,17 @@ func prepare() (*lab, error) {
 	return l, nil
 }
 
+// redirection is how pods' connections are to be redirected; empty leaves it to the agent, which takes eBPF here.
+func redirection() string { return os.Getenv("FAIRLEAD_REDIRECTION") }
+
 var nodes = []string{"node1", "node2"}
 
-// nodeState is what an uninstall must give back: CNI configuration and binaries, addresses, rules, and pinned BPF objects.
+// nodeState is what an uninstall must give back: CNI configuration and binaries, addresses, rules, tables, and pinned BPF
+// objects.
 func (l *lab) nodeState() (map[string]string, error) {
 	script := `cd /etc/cni/net.d && for f in *; do echo "== $f"; cat "$f"; done; echo; echo "== bin"; ls /opt/cni/bin
-echo "== addresses"; ip -o addr show dev lo | sed 's/ valid_lft.*//'; echo "== rules"; ip rule; ip -6 rule; echo "== bpf"; find /sys/fs/bpf`
+echo "== addresses"; ip -o addr show dev lo | sed 's/ valid_lft.*//'; echo "== rules"; ip rule; ip -6 rule; echo "== bpf"; find /sys/fs/bpf
+echo "== table"; nft list tables | grep fairlead || true`
 	state := map[string]string{}
 	for _, n := range nodes {
 		out, err := l.exec(n, "sh", "-c", script)

@@ -134,7 +134,11 @@ spec:
 // plainGET speaks HTTP from a node's own network, as a process of the host that is not the kubelet.
 func plainGET(node, address string) (string, error) {
 	h, port, _ := net.SplitHostPort(address)
-	return testLab.exec(node, "bash", "-c", fmt.Sprintf(
+	user := "0"
+	if redirection() == "nftables" {
+		user = "1000" // root is taken for the kubelet
+	}
+	return testLab.exec(node, "setpriv", "--reuid", user, "--clear-groups", "bash", "-c", fmt.Sprintf(
 		`exec 3<>/dev/tcp/%s/%s && printf 'GET /healthz HTTP/1.0\r\n\r\n' >&3 && timeout 3 cat <&3`, h, port))
 }
 
