@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -377,17 +378,36 @@ func parse(t *testing.T, out string) []answer {
 // background is a client that goes on while the test acts; its answers carry their times.
 type background struct {
 	cmd *exec.Cmd
-	out bytes.Buffer
+	out output
 }
 
+// output keeps what a program prints and tells when it has begun to.
+type output struct {
+	bytes.Buffer
+	begin sync.Once
+	begun chan struct{}
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.begin.Do(func() { close(o.begun) })
+	return o.Buffer.Write(b)
+}
+
+// start returns when the first request has been answered.
 func (w *world) start(t *testing.T, pod string, args ...string) *background {
 	t.Helper()
 	b := &background{cmd: exec.Command("kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "box", "client"}, args...)...)}
+	b.out.begun = make(chan struct{})
 	b.cmd.Stdout = &b.out
 	if err := b.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = b.cmd.Process.Kill() })
+	select {
+	case <-b.out.begun:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("the client program in %s prints nothing", pod)
+	}
 	return b
 }
 

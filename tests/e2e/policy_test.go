@@ -42,9 +42,8 @@ func TestDenyStopsTheNamedAccountWithinASecond(t *testing.T) {
 	remove(t, policy)
 	w.join(t)
 
-	args := []string{"http://server/", "-n", "100", "-interval", "30ms", "-timeout", "2s"}
+	args := []string{"http://server/", "-n", "200", "-interval", "30ms", "-timeout", "2s"}
 	alice, mallory := w.start(t, "alice", args...), w.start(t, "mallory", args...)
-	time.Sleep(time.Second)
 	apply(t, policy)
 	applied := time.Now()
 	allOK(t, "alice", alice.wait(t))
