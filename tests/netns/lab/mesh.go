@@ -210,19 +210,45 @@ func (n *Node) StartZtunnel(ctx context.Context) error {
 	var err error
 	n.ztunnel, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
 		name: "ztunnel." + n.Name, path: filepath.Join(w.opts.Bin, "ztunnel"),
-		cgroup: filepath.Join(n.cgroup, "kubepods", "besteffort", "podztunnel", "ztunnel"),
+		cgroup: filepath.Join(n.cgroup, "kubepods", "besteffort", "podztunnel", fmt.Sprintf("ztunnel%d", n.ports.stats)),
 		env: []string{
 			"XDS_ADDRESS=" + address, "CA_ADDRESS=" + address, "XDS_ROOT_CA=" + w.rootCert(), "CA_ROOT_CA=" + w.rootCert(),
 			"AUTH_TOKEN=" + filepath.Join(w.Dir, "ca", "token-of-"+rootNamespace+"-"+n.ztunnelPod()),
 			"NODE_NAME=" + n.Name, "POD_NAME=" + n.ztunnelPod(), "POD_NAMESPACE=" + rootNamespace, "SERVICE_ACCOUNT=ztunnel",
 			"INSTANCE_IP=" + n.Addrs[0].String(), "CLUSTER_ID=Kubernetes", "TRUST_DOMAIN=cluster.local",
 			"TERMINATION_GRACE_PERIOD=2s",
+			fmt.Sprintf("ADMIN_ADDR=localhost:%d", n.ports.admin), fmt.Sprintf("STATS_ADDR=:%d", n.ports.stats),
+			fmt.Sprintf("READINESS_ADDR=:%d", n.ports.ready),
 		},
 	})
 	if err != nil {
 		return err
 	}
-	return n.ztunnel.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:15021"), "/healthz/ready")
+	return n.ztunnel.ready(ctx, n.thread, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), n.ports.ready), "/healthz/ready")
+}
+
+// proxyPorts are where a ztunnel is asked about itself. Two that run side by side share the node's addresses here, which
+// pods of a DaemonSet do not.
+type proxyPorts struct{ admin, stats, ready uint16 }
+
+var (
+	defaultPorts   = proxyPorts{15000, 15020, 15021}
+	successorPorts = proxyPorts{16000, 16020, 16021}
+)
+
+// ReplaceZtunnel starts a second ztunnel, and asks the first to end when that is ready, as a rolling update does. It
+// returns when the first has ended.
+func (n *Node) ReplaceZtunnel(ctx context.Context) error {
+	former := n.ztunnel
+	if n.ports == defaultPorts {
+		n.ports = successorPorts
+	} else {
+		n.ports = defaultPorts
+	}
+	if err := n.StartZtunnel(ctx); err != nil {
+		return err
+	}
+	return former.stop(stopPatience)
 }
 
 // KillZtunnel ends the node's ztunnel as a power cut would: SIGKILL, no word to anybody.

@@ -10,12 +10,9 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// metricsPort is where ztunnel shows its metrics.
-const metricsPort = 15020
-
 // Metric adds up a counter, or a gauge, of the node's ztunnel over all series that have these labels.
 func (n *Node) Metric(ctx context.Context, name string, labels map[string]string) (float64, error) {
-	text, err := n.Get(ctx, metricsPort, "/metrics")
+	text, err := n.Get(ctx, n.ports.stats, "/metrics")
 	if err != nil {
 		return 0, err
 	}

@@ -26,6 +26,7 @@ type Node struct {
 
 	agent   *process
 	ztunnel *process
+	ports   proxyPorts // of ztunnel
 	// proxyAgent is what StartProxy runs in the agent's place, or nil.
 	proxyAgent *proxyAgent
 
@@ -35,7 +36,7 @@ type Node struct {
 }
 
 func (w *World) newNode(index int) (*Node, error) {
-	n := &Node{Name: fmt.Sprintf("node%d", index+1), Addrs: nodeAddresses(index), world: w, index: index, programs: map[string]*program{}}
+	n := &Node{Name: fmt.Sprintf("node%d", index+1), Addrs: nodeAddresses(index), world: w, index: index, ports: defaultPorts, programs: map[string]*program{}}
 	n.dir = filepath.Join(w.Dir, n.Name)
 	n.cgroup = filepath.Join(w.cgroup, n.Name)
 	if err := n.makeFiles(); err != nil {

@@ -21,12 +21,9 @@ type Usage struct {
 	Entries map[string]int
 }
 
-// adminPort is ztunnel's, on the node's loopback.
-const adminPort = 15000
-
 // Usage asks the node's ztunnel, after a garbage collection, and counts what is in the pinned maps.
 func (n *Node) Usage(ctx context.Context) (Usage, error) {
-	if _, err := n.Get(ctx, adminPort, "/debug/pprof/heap?gc=1&debug=1"); err != nil {
+	if _, err := n.Get(ctx, n.ports.admin, "/debug/pprof/heap?gc=1&debug=1"); err != nil {
 		return Usage{}, err
 	}
 	var u Usage
