@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,7 +12,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	gateway "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 	"sigs.k8s.io/yaml"
@@ -25,11 +25,18 @@ type session struct {
 	namespace  string
 	system     string
 	output     string
+	// connect finds the way to the cluster that the flags say.
+	connect func() (*clients, error)
 }
 
 // New is the whole command tree; what it prints goes to out.
 func New(version string, out io.Writer) *cobra.Command {
 	s := &session{out: out}
+	s.connect = s.dial
+	return s.command(version)
+}
+
+func (s *session) command(version string) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "fairlead",
 		Short:         "Manage waypoints and look inside the mesh",
@@ -54,18 +61,19 @@ func (s *session) config() clientcmd.ClientConfig {
 
 // clients are the ways to the API server.
 type clients struct {
-	rest       *rest.Config
 	kubernetes kubernetes.Interface
 	gateway    gateway.Interface
 	namespace  string
+	// get fetches a path of a pod's admin interface.
+	get func(ctx context.Context, namespace, pod, path string) ([]byte, error)
 }
 
-func (s *session) connect() (*clients, error) {
+func (s *session) dial() (*clients, error) {
 	config, err := s.config().ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("read the kubeconfig (choose one with --kubeconfig or $KUBECONFIG): %w", err)
 	}
-	c := &clients{rest: config, namespace: s.namespace}
+	c := &clients{namespace: s.namespace}
 	if c.namespace == "" {
 		if c.namespace, _, err = s.config().Namespace(); err != nil {
 			return nil, fmt.Errorf("read the context's namespace (choose one with -n): %w", err)
@@ -77,6 +85,7 @@ func (s *session) connect() (*clients, error) {
 	if c.gateway, err = gateway.NewForConfig(config); err != nil {
 		return nil, fmt.Errorf("make a Gateway API client: %w", err)
 	}
+	c.get = (&forwarder{rest: config, kubernetes: c.kubernetes}).get
 	return c, nil
 }
 

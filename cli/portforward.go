@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/transport/spdy"
 )
@@ -16,8 +18,14 @@ import (
 // API server asks for the right to pods/portforward.
 const adminPort = 15000
 
+// forwarder reaches ports of pods.
+type forwarder struct {
+	rest       *rest.Config
+	kubernetes kubernetes.Interface
+}
+
 // get fetches a path of a pod's admin interface.
-func (k *clients) get(ctx context.Context, namespace, pod, path string) ([]byte, error) {
+func (k *forwarder) get(ctx context.Context, namespace, pod, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	transport, upgrader, err := spdy.RoundTripperFor(k.rest)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,6 +36,8 @@ type waypointOptions struct {
 func (s *session) waypoint() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "waypoint",
+		Args:  cobra.NoArgs, // a misspelt verb is an error
+		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 		Short: "Manage waypoints: the proxies that route and authorize HTTP",
 		Example: `  # HTTP routing and policy for every service of a namespace
   fairlead waypoint apply -n shop --enroll-namespace --wait
@@ -213,9 +216,11 @@ func listWaypoints(ctx context.Context, k *clients, namespace string) ([]gateway
 	if err != nil {
 		return nil, fmt.Errorf("list gateways: %w", err)
 	}
-	var all []gatewayv1.Gateway
+	all := []gatewayv1.Gateway{}
 	for _, gw := range list.Items {
 		if gw.Spec.GatewayClassName == waypointClass {
+			// A client takes the kind away, and who reads the output wants to know it.
+			gw.TypeMeta = metav1.TypeMeta{APIVersion: gatewayv1.GroupVersion.String(), Kind: "Gateway"}
 			all = append(all, gw)
 		}
 	}
@@ -285,21 +290,20 @@ func (s *session) waypointStatus() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			t, found := table{header: []string{"NAMESPACE", "NAME", "PROGRAMMED", "ADDRESS", "MESSAGE"}}, false
-			for _, gw := range list {
-				if len(args) == 1 && gw.Name != args[0] {
-					continue
+			if len(args) == 1 {
+				list = slices.DeleteFunc(list, func(gw gatewayv1.Gateway) bool { return gw.Name != args[0] })
+				if len(list) == 0 {
+					return fmt.Errorf("no waypoint %s/%s: `fairlead waypoint list -A` lists them", k.namespace, args[0])
 				}
-				found = true
+			}
+			t := table{header: []string{"NAMESPACE", "NAME", "PROGRAMMED", "ADDRESS", "MESSAGE"}}
+			for _, gw := range list {
 				address := ""
 				if len(gw.Status.Addresses) > 0 {
 					address = gw.Status.Addresses[0].Value
 				}
 				status, message := programmed(&gw)
 				t.rows = append(t.rows, []string{gw.Namespace, gw.Name, status, dash(address), message})
-			}
-			if len(args) == 1 && !found {
-				return fmt.Errorf("no waypoint %s/%s: `fairlead waypoint list -A` lists them", k.namespace, args[0])
 			}
 			return s.print(list, t)
 		},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strconv"
@@ -102,6 +103,8 @@ func (s *session) ztunnelConfig() *cobra.Command {
 	c := &cobra.Command{
 		Use:     "ztunnel-config",
 		Aliases: []string{"zc"},
+		Args:    cobra.NoArgs, // a misspelt part is an error
+		RunE:    func(c *cobra.Command, _ []string) error { return c.Help() },
 		Short:   "Show what a node proxy knows",
 		Example: `  fairlead ztunnel-config workloads
   fairlead ztunnel-config certificates --node node1
@@ -138,7 +141,7 @@ func (s *session) ztunnelView(v view) *cobra.Command {
 	return c
 }
 
-// show prints one part of a dump; -n, when given, keeps that namespace's rows of a table.
+// show prints one part of a dump; -n, when given, keeps what is of that namespace.
 func (s *session) show(raw []byte, v view) error {
 	var parts map[string]json.RawMessage
 	var d proxyDump
@@ -152,7 +155,40 @@ func (s *session) show(raw []byte, v view) error {
 	if err := json.Unmarshal(parts[v.key], &part); err != nil {
 		return fmt.Errorf("read %s of the proxy's dump: %w", v.key, err)
 	}
-	return s.print(part, v.rows(&d, func(namespace string) bool { return s.namespace == "" || s.namespace == namespace }))
+	want := func(namespace string) bool { return s.namespace == "" || s.namespace == namespace }
+	return s.print(keep(part, want), v.rows(&d, want))
+}
+
+// keep leaves out of a part of the dump what is of unwanted namespaces. A part is a list, or a map by uid.
+func keep(part any, want func(namespace string) bool) any {
+	switch part := part.(type) {
+	case []any:
+		return slices.DeleteFunc(part, func(v any) bool { return !want(namespaceOf(v)) })
+	case map[string]any:
+		maps.DeleteFunc(part, func(_ string, v any) bool { return !want(namespaceOf(v)) })
+	}
+	return part
+}
+
+// namespaceOf is the namespace that an object of the dump says it is of, by itself, by its pod or by its identity.
+func namespaceOf(v any) string {
+	object, _ := v.(map[string]any)
+	if info, ok := object["info"].(map[string]any); ok {
+		object = info
+	}
+	if identity, ok := object["identity"].(string); ok {
+		return identityNamespace(identity)
+	}
+	namespace, _ := object["namespace"].(string)
+	return namespace
+}
+
+// identityNamespace is ns of spiffe://trust-domain/ns/NS/sa/SA.
+func identityNamespace(identity string) string {
+	if parts := strings.Split(identity, "/"); len(parts) > 4 {
+		return parts[4]
+	}
+	return ""
 }
 
 // proxyDump asks one node proxy: the named pod, that of a node, or any that runs.
@@ -229,7 +265,7 @@ func policyRows(d *proxyDump, want func(string) bool) table {
 func certificateRows(d *proxyDump, want func(string) bool) table {
 	t := table{header: []string{"CERTIFICATE NAME", "TYPE", "STATUS", "VALID", "SERIAL NUMBER", "NOT AFTER", "NOT BEFORE"}}
 	for _, c := range d.Certificates {
-		if parts := strings.Split(c.Identity, "/"); len(parts) > 4 && !want(parts[4]) {
+		if !want(identityNamespace(c.Identity)) {
 			continue
 		}
 		if len(c.CertChain) == 0 {
@@ -259,7 +295,7 @@ func connectionRows(d *proxyDump, want func(string) bool) table {
 		}
 		name := p.Info.Name + "." + p.Info.Namespace
 		for _, c := range p.Connections.Inbound {
-			t.rows = append(t.rows, []string{name, "Inbound", c.OriginalDst, withoutPort(c.Src), dash(c.Identity), c.Protocol, strconv.FormatInt(c.Sent, 10), strconv.FormatInt(c.Received, 10), c.Age})
+			t.rows = append(t.rows, []string{name, "Inbound", c.ActualDst, withoutPort(c.Src), dash(c.Identity), c.Protocol, strconv.FormatInt(c.Sent, 10), strconv.FormatInt(c.Received, 10), c.Age})
 		}
 		for _, c := range p.Connections.Outbound {
 			t.rows = append(t.rows, []string{name, "Outbound", c.Src, c.ActualDst, c.OriginalDst, c.Protocol, strconv.FormatInt(c.Sent, 10), strconv.FormatInt(c.Received, 10), c.Age})
