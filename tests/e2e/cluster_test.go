@@ -223,7 +223,7 @@ spec:
 ---
 `
 
-// newWorld makes the namespace, outside the mesh, with its pods ready, and deletes it when the test ends.
+// newWorld makes the namespace, outside the mesh, with its pods ready and its services reachable, and deletes it when the test ends.
 func newWorld(t *testing.T, namespace string, clients ...string) *world {
 	t.Helper()
 	w := &world{namespace: namespace, clients: clients}
@@ -247,6 +247,14 @@ func newWorld(t *testing.T, namespace string, clients ...string) *world {
 	}
 	apply(t, manifest)
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	for _, c := range clients {
+		eventually(t, 30*time.Second, "the nodes know the service", func() error {
+			if a := w.get(t, c, "http://server/"); !a.ok() {
+				return fmt.Errorf("got %v", a)
+			}
+			return nil
+		})
+	}
 	return w
 }
 
