@@ -16,7 +16,8 @@ func TestSlotsAreThoseOfThePrograms(t *testing.T) {
 		InboundPlaintextIPv4: connectSlotSLOT_INBOUND_PLAINTEXT,
 		InboundHBONEIPv4:     connectSlotSLOT_INBOUND_HBONE,
 		DNSIPv4:              connectSlotSLOT_DNS,
-		DNSIPv6 + 1:          connectSlotSLOTS,
+		DNSOverTCPIPv4:       connectSlotSLOT_DNS_TCP,
+		DNSOverTCPIPv6 + 1:   connectSlotSLOTS,
 	} {
 		if connectSlot(slot) != want {
 			t.Errorf("slot %d, the programs have %d", slot, want)

@@ -9,8 +9,9 @@
 // 2. Loopback and the pod's own addresses are left alone.
 // 3. The proxy's own sockets pass: they have the proxy's mark and the caller is in the proxy's cgroup. The mark alone
 //    is not enough, because an application with CAP_NET_ADMIN can set it.
-// 4. Everything else gets REDIRECT_MARK, which the pod's routing delivers on device lo.
-// 5. If the proxy does not listen, the connect is refused at once.
+// 4. What the pod's exclusions name is left alone.
+// 5. Everything else gets REDIRECT_MARK, which the pod's routing delivers on device lo.
+// 6. If the proxy does not listen, the connect is refused at once.
 //
 // Next: bpf/lookup.c
 #include "redirect.h"
@@ -26,7 +27,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 struct pod {
 	__u32 addr_count;
-	__u32 pad;
+	enum pod_flags flags;
+	__u64 exclusions; // stands for all of the pod's exclusions, for the agent
 	struct addr addrs[MAX_POD_ADDRS];
 	__u8 uid[UID_LEN]; // for the agent, which reads it back after a restart
 };
@@ -166,6 +168,11 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, const struct addr 
 	}
 	if (is_loopback(dst) || is_own(pod, dst) || is_proxy(ctx))
 		return 1;
+	__u32 device = ctx->sk ? ctx->sk->bound_dev_if : 0;
+	if (is_excluded(netns, pod->flags, OUT, dst, bpf_ntohs(ctx->user_port), device)) {
+		count(OUTBOUND_EXCLUDED);
+		return 1;
+	}
 	__u32 mark = REDIRECT_MARK;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
 		return 0;

@@ -18,6 +18,14 @@ type connectAddr struct {
 	Word [4]uint32
 }
 
+type connectCapture uint32
+
+const (
+	connectCaptureNO_SAY   connectCapture = 0
+	connectCaptureCAPTURED connectCapture = 1
+	connectCaptureEXCLUDED connectCapture = 2
+)
+
 type connectCounter uint32
 
 const (
@@ -29,7 +37,33 @@ const (
 	connectCounterPROBES              connectCounter = 5
 	connectCounterBYPASS_DROPPED      connectCounter = 6
 	connectCounterUNCAPTURED_DROPPED  connectCounter = 7
-	connectCounterCOUNTERS            connectCounter = 8
+	connectCounterDNS_REDIRECTED      connectCounter = 8
+	connectCounterDNS_DROPPED         connectCounter = 9
+	connectCounterOUTBOUND_EXCLUDED   connectCounter = 10
+	connectCounterINBOUND_EXCLUDED    connectCounter = 11
+	connectCounterCOUNTERS            connectCounter = 12
+)
+
+type connectDirection uint32
+
+const (
+	connectDirectionIN  connectDirection = 0
+	connectDirectionOUT connectDirection = 1
+)
+
+type connectExclusionKey struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Kind   connectExclusionKind
+	Number uint32
+}
+
+type connectExclusionKind uint32
+
+const (
+	connectExclusionKindPORT_IN  connectExclusionKind = 0
+	connectExclusionKindPORT_OUT connectExclusionKind = 1
+	connectExclusionKindDEVICE   connectExclusionKind = 2
 )
 
 type connectHost struct {
@@ -46,13 +80,32 @@ type connectListenerKey struct {
 	Pad   uint32
 }
 
-type connectPod struct {
+type connectNetworkKey struct {
 	_         structs.HostLayout
-	AddrCount uint32
-	Pad       uint32
-	Addrs     [8]connectAddr
-	Uid       [64]uint8
+	Bits      uint32
+	Netns     [2]uint32
+	Direction connectDirection
+	Addr      connectAddr
 }
+
+type connectPod struct {
+	_          structs.HostLayout
+	AddrCount  uint32
+	Flags      connectPodFlags
+	Exclusions uint64
+	Addrs      [8]connectAddr
+	Uid        [64]uint8
+}
+
+type connectPodFlags uint32
+
+const (
+	connectPodFlagsPOD_DNS              connectPodFlags = 1
+	connectPodFlagsPOD_INBOUND_EXCLUDED connectPodFlags = 2
+	connectPodFlagsPOD_EXCLUSIONS       connectPodFlags = 4
+	connectPodFlagsPOD_IN_LISTED        connectPodFlags = 8
+	connectPodFlagsPOD_OUT_LISTED       connectPodFlags = 16
+)
 
 type connectSlot uint32
 
@@ -61,23 +114,26 @@ const (
 	connectSlotSLOT_INBOUND_PLAINTEXT connectSlot = 2
 	connectSlotSLOT_INBOUND_HBONE     connectSlot = 4
 	connectSlotSLOT_DNS               connectSlot = 6
-	connectSlotSLOTS                  connectSlot = 8
+	connectSlotSLOT_DNS_TCP           connectSlot = 8
+	connectSlotSLOTS                  connectSlot = 10
 )
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	connectMapCounters   = "counters"
-	connectMapExempt     = "exempt"
-	connectMapHostConfig = "host_config"
-	connectMapListeners  = "listeners"
-	connectMapPodAddrs   = "pod_addrs"
-	connectMapPods       = "pods"
-	connectMapProxies    = "proxies"
-	connectMapWorkloads  = "workloads"
-	connectProgConnect4  = "connect4"
-	connectProgConnect6  = "connect6"
+	connectMapCounters         = "counters"
+	connectMapExcludedNetworks = "excluded_networks"
+	connectMapExclusions       = "exclusions"
+	connectMapExempt           = "exempt"
+	connectMapHostConfig       = "host_config"
+	connectMapListeners        = "listeners"
+	connectMapPodAddrs         = "pod_addrs"
+	connectMapPods             = "pods"
+	connectMapProxies          = "proxies"
+	connectMapWorkloads        = "workloads"
+	connectProgConnect4        = "connect4"
+	connectProgConnect6        = "connect6"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -130,14 +186,16 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Counters   *ebpf.MapSpec `ebpf:"counters"`
-	Exempt     *ebpf.MapSpec `ebpf:"exempt"`
-	HostConfig *ebpf.MapSpec `ebpf:"host_config"`
-	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
-	PodAddrs   *ebpf.MapSpec `ebpf:"pod_addrs"`
-	Pods       *ebpf.MapSpec `ebpf:"pods"`
-	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
-	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
+	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
+	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	HostConfig       *ebpf.MapSpec `ebpf:"host_config"`
+	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	PodAddrs         *ebpf.MapSpec `ebpf:"pod_addrs"`
+	Pods             *ebpf.MapSpec `ebpf:"pods"`
+	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
+	Workloads        *ebpf.MapSpec `ebpf:"workloads"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -166,19 +224,23 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Counters   *ebpf.Map `ebpf:"counters"`
-	Exempt     *ebpf.Map `ebpf:"exempt"`
-	HostConfig *ebpf.Map `ebpf:"host_config"`
-	Listeners  *ebpf.Map `ebpf:"listeners"`
-	PodAddrs   *ebpf.Map `ebpf:"pod_addrs"`
-	Pods       *ebpf.Map `ebpf:"pods"`
-	Proxies    *ebpf.Map `ebpf:"proxies"`
-	Workloads  *ebpf.Map `ebpf:"workloads"`
+	Counters         *ebpf.Map `ebpf:"counters"`
+	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.Map `ebpf:"exclusions"`
+	Exempt           *ebpf.Map `ebpf:"exempt"`
+	HostConfig       *ebpf.Map `ebpf:"host_config"`
+	Listeners        *ebpf.Map `ebpf:"listeners"`
+	PodAddrs         *ebpf.Map `ebpf:"pod_addrs"`
+	Pods             *ebpf.Map `ebpf:"pods"`
+	Proxies          *ebpf.Map `ebpf:"proxies"`
+	Workloads        *ebpf.Map `ebpf:"workloads"`
 }
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
 		m.Counters,
+		m.ExcludedNetworks,
+		m.Exclusions,
 		m.Exempt,
 		m.HostConfig,
 		m.Listeners,

@@ -8,9 +8,10 @@
 //
 // 1. What is not TCP passes, as do segments that neither open a connection nor carry anything.
 // 2. Answers to the kubelet's probes pass.
-// 3. All else must be of a connection that the proxy has in the pod's network namespace, or one that is older than the
+// 3. What the pod's exclusions leave alone passes, and the answers to it.
+// 4. All else must be of a connection that the proxy has in the pod's network namespace, or one that is older than the
 //    pod's membership or exempt by connect.c.
-// 4. The rest is dropped, counted, and told to the agent, at most once a second for each pod.
+// 5. The rest is dropped, counted, and told to the agent, at most once a second for each pod.
 //
 // Next: cni/agent/attempts.go
 #include "redirect.h"
@@ -41,7 +42,7 @@ const volatile struct addr probe6;
 struct wire {
 	__u64 netns;	// the cookie of the pod's network namespace
 	__s32 nsid;	// the id by which the host's network namespace knows it
-	__u32 pad;
+	__u32 flags; // enum pod_flags
 	__u64 told;	// when the agent was last told of an attempt
 };
 
@@ -262,6 +263,9 @@ static __always_inline int may_leave(struct __sk_buff *skb, const struct wire *w
 	if (s->empty && !(s->flags & SYN))
 		return 1;
 	if (!opens && (same(&s->dst, &probe4) || same(&s->dst, &probe6)))
+		return 1;
+	if (is_excluded(wire->netns, wire->flags, OUT, &s->dst, bpf_ntohs(s->dport), 0) ||
+	    (!opens && is_excluded(wire->netns, wire->flags, IN, &s->dst, bpf_ntohs(s->sport), 0)))
 		return 1;
 	struct bpf_sock *sk = find(skb, wire, s);
 	if (!sk)

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -95,29 +96,30 @@ func (n *Node) runElders() (pending int, err error) {
 	return len(written), err
 }
 
-// EnsureGuard checks what arrives from a pod over wires. It must be called in the host's network namespace.
-func (n *Node) EnsureGuard(cookie uint64, wires []Wire) error {
+// EnsureGuard checks what arrives from a pod over wires, and over no others. It must be called in the host's network
+// namespace.
+func (n *Node) EnsureGuard(pod Pod, wires []Wire) error {
 	if n.unguarded != nil {
 		return nil
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, w := range wires {
-		if err := n.ensureWire(cookie, w); err != nil {
+		if err := n.ensureWire(pod, w); err != nil {
 			return fmt.Errorf("guard the pod's interface %d: %w", w.Ifindex, err)
 		}
 	}
-	return nil
+	return n.removeGuard(pod.Cookie, wires)
 }
 
-func (n *Node) ensureWire(cookie uint64, w Wire) error {
-	var have guardWire
-	if err := n.guard.Wires.Lookup(uint32(w.Ifindex), &have); err != nil || have.Netns != cookie || have.Nsid != int32(w.Nsid) {
-		if err := n.guard.Wires.Put(uint32(w.Ifindex), guardWire{Netns: cookie, Nsid: int32(w.Nsid)}); err != nil {
+func (n *Node) ensureWire(pod Pod, w Wire) error {
+	if !n.knows(pod, w) {
+		wire := guardWire{Netns: pod.Cookie, Nsid: int32(w.Nsid), Flags: uint32(pod.flags())}
+		if err := n.guard.Wires.Put(uint32(w.Ifindex), wire); err != nil {
 			return err
 		}
 	}
-	pin := n.podPath(cookie, guardPin+strconv.Itoa(w.Ifindex))
+	pin := n.podPath(pod.Cookie, guardPin+strconv.Itoa(w.Ifindex))
 	old, err := link.LoadPinnedLink(pin, nil)
 	if err == nil {
 		defer old.Close()
@@ -140,6 +142,13 @@ func (n *Node) ensureWire(cookie uint64, w Wire) error {
 	return made.Pin(pin)
 }
 
+// knows tells whether the guard has the wire as the pod's.
+func (n *Node) knows(pod Pod, w Wire) bool {
+	var have guardWire
+	err := n.guard.Wires.Lookup(uint32(w.Ifindex), &have)
+	return err == nil && have.Netns == pod.Cookie && have.Nsid == int32(w.Nsid) && have.Flags == uint32(pod.flags())
+}
+
 // guards tells whether a link is attached to the wire's interface.
 func guards(l link.Link, w Wire) bool {
 	info, err := l.Info()
@@ -150,15 +159,21 @@ func guards(l link.Link, w Wire) bool {
 	return tcx != nil && tcx.Ifindex == uint32(w.Ifindex)
 }
 
-// Guarded tells whether all of the pod's wires are guarded, where that can be.
-func (n *Node) Guarded(cookie uint64, wires []Wire) (bool, error) {
+// Guarded tells whether the pod's wires are guarded as EnsureGuard would, where that can be.
+func (n *Node) Guarded(pod Pod, wires []Wire) (bool, error) {
 	if n.unguarded != nil {
 		return true, nil
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if pins, err := filepath.Glob(n.podPath(pod.Cookie, guardPin+"*")); err != nil || len(pins) != len(wires) {
+		return false, err
+	}
 	for _, w := range wires {
-		l, err := link.LoadPinnedLink(n.podPath(cookie, guardPin+strconv.Itoa(w.Ifindex)), nil)
+		if !n.knows(pod, w) {
+			return false, nil
+		}
+		l, err := link.LoadPinnedLink(n.podPath(pod.Cookie, guardPin+strconv.Itoa(w.Ifindex)), nil)
 		if errors.Is(err, fs.ErrNotExist) {
 			return false, nil
 		}
@@ -174,18 +189,21 @@ func (n *Node) Guarded(cookie uint64, wires []Wire) (bool, error) {
 	return true, nil
 }
 
-// removeGuard ends the guard of a pod.
-func (n *Node) removeGuard(cookie uint64) error {
+// removeGuard ends the guard of a pod, but for the wires given.
+func (n *Node) removeGuard(cookie uint64, but []Wire) error {
 	pins, err := filepath.Glob(n.podPath(cookie, guardPin+"*"))
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, pin := range pins {
+		index, err := strconv.ParseUint(strings.TrimPrefix(filepath.Base(pin), guardPin), 10, 32)
+		if err == nil && slices.ContainsFunc(but, func(w Wire) bool { return w.Ifindex == int(index) }) {
+			continue
+		}
 		if err := detach(pin); err != nil {
 			errs = append(errs, fmt.Errorf("detach the pod's guard: %w", err))
 		}
-		index, err := strconv.ParseUint(strings.TrimPrefix(filepath.Base(pin), guardPin), 10, 32)
 		if err != nil || n.guard.Wires == nil {
 			continue
 		}

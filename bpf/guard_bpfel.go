@@ -29,6 +29,14 @@ type guardAttempt struct {
 	Pad  uint32
 }
 
+type guardCapture uint32
+
+const (
+	guardCaptureNO_SAY   guardCapture = 0
+	guardCaptureCAPTURED guardCapture = 1
+	guardCaptureEXCLUDED guardCapture = 2
+)
+
 type guardCounter uint32
 
 const (
@@ -40,8 +48,19 @@ const (
 	guardCounterPROBES              guardCounter = 5
 	guardCounterBYPASS_DROPPED      guardCounter = 6
 	guardCounterUNCAPTURED_DROPPED  guardCounter = 7
-	guardCounterCOUNTERS            guardCounter = 8
+	guardCounterDNS_REDIRECTED      guardCounter = 8
+	guardCounterDNS_DROPPED         guardCounter = 9
+	guardCounterOUTBOUND_EXCLUDED   guardCounter = 10
+	guardCounterINBOUND_EXCLUDED    guardCounter = 11
+	guardCounterCOUNTERS            guardCounter = 12
 )
+
+type guardExclusionKey struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Kind   uint32
+	Number uint32
+}
 
 type guardListenerKey struct {
 	_     structs.HostLayout
@@ -50,11 +69,22 @@ type guardListenerKey struct {
 	Pad   uint32
 }
 
+type guardNetworkKey struct {
+	_         structs.HostLayout
+	Bits      uint32
+	Netns     [2]uint32
+	Direction uint32
+	Addr      struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 type guardWire struct {
 	_     structs.HostLayout
 	Netns uint64
 	Nsid  int32
-	Pad   uint32
+	Flags uint32
 	Told  uint64
 }
 
@@ -62,17 +92,19 @@ type guardWire struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	guardMapAttempts  = "attempts"
-	guardMapCounters  = "counters"
-	guardMapExempt    = "exempt"
-	guardMapListeners = "listeners"
-	guardMapProxies   = "proxies"
-	guardMapWires     = "wires"
-	guardProgElders   = "elders"
-	guardProgGuard    = "guard"
-	guardVarAnAttempt = "an_attempt"
-	guardVarProbe4    = "probe4"
-	guardVarProbe6    = "probe6"
+	guardMapAttempts         = "attempts"
+	guardMapCounters         = "counters"
+	guardMapExcludedNetworks = "excluded_networks"
+	guardMapExclusions       = "exclusions"
+	guardMapExempt           = "exempt"
+	guardMapListeners        = "listeners"
+	guardMapProxies          = "proxies"
+	guardMapWires            = "wires"
+	guardProgElders          = "elders"
+	guardProgGuard           = "guard"
+	guardVarAnAttempt        = "an_attempt"
+	guardVarProbe4           = "probe4"
+	guardVarProbe6           = "probe6"
 )
 
 // loadGuard returns the embedded CollectionSpec for guard.
@@ -125,12 +157,14 @@ type guardProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type guardMapSpecs struct {
-	Attempts  *ebpf.MapSpec `ebpf:"attempts"`
-	Counters  *ebpf.MapSpec `ebpf:"counters"`
-	Exempt    *ebpf.MapSpec `ebpf:"exempt"`
-	Listeners *ebpf.MapSpec `ebpf:"listeners"`
-	Proxies   *ebpf.MapSpec `ebpf:"proxies"`
-	Wires     *ebpf.MapSpec `ebpf:"wires"`
+	Attempts         *ebpf.MapSpec `ebpf:"attempts"`
+	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
+	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
+	Wires            *ebpf.MapSpec `ebpf:"wires"`
 }
 
 // guardVariableSpecs contains global variables before they are loaded into the kernel.
@@ -162,18 +196,22 @@ func (o *guardObjects) Close() error {
 //
 // It can be passed to loadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type guardMaps struct {
-	Attempts  *ebpf.Map `ebpf:"attempts"`
-	Counters  *ebpf.Map `ebpf:"counters"`
-	Exempt    *ebpf.Map `ebpf:"exempt"`
-	Listeners *ebpf.Map `ebpf:"listeners"`
-	Proxies   *ebpf.Map `ebpf:"proxies"`
-	Wires     *ebpf.Map `ebpf:"wires"`
+	Attempts         *ebpf.Map `ebpf:"attempts"`
+	Counters         *ebpf.Map `ebpf:"counters"`
+	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.Map `ebpf:"exclusions"`
+	Exempt           *ebpf.Map `ebpf:"exempt"`
+	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Proxies          *ebpf.Map `ebpf:"proxies"`
+	Wires            *ebpf.Map `ebpf:"wires"`
 }
 
 func (m *guardMaps) Close() error {
 	return _GuardClose(
 		m.Attempts,
 		m.Counters,
+		m.ExcludedNetworks,
+		m.Exclusions,
 		m.Exempt,
 		m.Listeners,
 		m.Proxies,

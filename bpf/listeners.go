@@ -27,10 +27,12 @@ const (
 	InboundHBONEIPv6
 	DNSIPv4
 	DNSIPv6
+	DNSOverTCPIPv4
+	DNSOverTCPIPv6
 )
 
 // slots is how many there are.
-const slots = DNSIPv6 + 1
+const slots = DNSOverTCPIPv6 + 1
 
 // Listeners is where the proxy puts its listening sockets in one pod. The listeners' addresses do not matter, and they
 // must not be MPTCP sockets.

@@ -2,18 +2,19 @@
 
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// TCP that is to be delivered inside a pod: an sk_lookup program, one instance in each pod's network namespace, asked
+// TCP, and DNS queries, to be delivered inside a pod: an sk_lookup program, one instance in each pod's network namespace, asked
 // once for each connection.
 //
 // 1. From lo to an address that is not the pod's: an outbound connection that connect.c marked; the proxy's outbound
-//    listener takes it, whose accepted socket then has the original destination as its local address.
+//    listener takes it, whose accepted socket then has the original destination as its local address. Likewise DNS
+//    queries, where they are captured: by TCP, and by UDP, which the pod's routing brings here.
 // 2. From lo to the pod's own address, and the pod calling itself: left alone, as is the proxy's connection to the
 //    application, which is bound to lo.
 // 3. From outside: the kubelet's probes are left alone; port 15008 goes to the HBONE listener, all else to the
-//    plaintext one.
+//    plaintext one, but for what the pod's exclusions name.
 // 4. If the proxy does not listen, the connection is refused.
 //
-// Next: ztunnel/outbound.go, ztunnel/inbound.go
+// Next: ztunnel/outbound.go, ztunnel/inbound.go, ztunnel/dns.go
 #include "redirect.h"
 
 #define HBONE_PORT 15008
@@ -23,6 +24,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 // Filled in by the loader for each pod. Unused entries are all zero, which is no address.
 const volatile __u64 netns;
+const volatile __u32 flags;
 const volatile struct addr pod_addrs[MAX_POD_ADDRS];
 const volatile struct addr probe4;
 const volatile struct addr probe6;
@@ -73,10 +75,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 	if (ifindex == LOOPBACK_IFINDEX) {
 		if (is_loopback(&local) || is_own(&local))
 			return SK_PASS;
+		int dns = port == DNS_PORT && (flags & POD_DNS);
 		if (protocol == IPPROTO_TCP)
-			return give(ctx, SLOT_OUTBOUND + six, OUTBOUND_REDIRECTED, OUTBOUND_REFUSED);
-		if (protocol == IPPROTO_UDP && port == DNS_PORT)
-			return give(ctx, SLOT_DNS + six, OUTBOUND_REDIRECTED, OUTBOUND_REFUSED);
+			return give(ctx, (dns ? SLOT_DNS_TCP : SLOT_OUTBOUND) + six, OUTBOUND_REDIRECTED, OUTBOUND_REFUSED);
+		if (protocol == IPPROTO_UDP && dns)
+			return give(ctx, SLOT_DNS + six, DNS_REDIRECTED, DNS_DROPPED);
 		return SK_PASS;
 	}
 	if (protocol != IPPROTO_TCP)
@@ -86,6 +89,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	if (same(&remote, &probe4) || same(&remote, &probe6))
 		return SK_PASS;
-	__u32 purpose = port == HBONE_PORT ? SLOT_INBOUND_HBONE : SLOT_INBOUND_PLAINTEXT;
-	return give(ctx, purpose + six, INBOUND_REDIRECTED, INBOUND_REFUSED);
+	if (port == HBONE_PORT)
+		return give(ctx, SLOT_INBOUND_HBONE + six, INBOUND_REDIRECTED, INBOUND_REFUSED);
+	if (is_excluded(netns, flags, IN, &remote, port, ifindex)) {
+		count(INBOUND_EXCLUDED);
+		return SK_PASS;
+	}
+	return give(ctx, SLOT_INBOUND_PLAINTEXT + six, INBOUND_REDIRECTED, INBOUND_REFUSED);
 }

@@ -18,6 +18,14 @@ type lookupAddr struct {
 	Word [4]uint32
 }
 
+type lookupCapture uint32
+
+const (
+	lookupCaptureNO_SAY   lookupCapture = 0
+	lookupCaptureCAPTURED lookupCapture = 1
+	lookupCaptureEXCLUDED lookupCapture = 2
+)
+
 type lookupCounter uint32
 
 const (
@@ -29,8 +37,19 @@ const (
 	lookupCounterPROBES              lookupCounter = 5
 	lookupCounterBYPASS_DROPPED      lookupCounter = 6
 	lookupCounterUNCAPTURED_DROPPED  lookupCounter = 7
-	lookupCounterCOUNTERS            lookupCounter = 8
+	lookupCounterDNS_REDIRECTED      lookupCounter = 8
+	lookupCounterDNS_DROPPED         lookupCounter = 9
+	lookupCounterOUTBOUND_EXCLUDED   lookupCounter = 10
+	lookupCounterINBOUND_EXCLUDED    lookupCounter = 11
+	lookupCounterCOUNTERS            lookupCounter = 12
 )
+
+type lookupExclusionKey struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Kind   uint32
+	Number uint32
+}
 
 type lookupListenerKey struct {
 	_     structs.HostLayout
@@ -39,19 +58,33 @@ type lookupListenerKey struct {
 	Pad   uint32
 }
 
+type lookupNetworkKey struct {
+	_         structs.HostLayout
+	Bits      uint32
+	Netns     [2]uint32
+	Direction uint32
+	Addr      struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	lookupMapCounters  = "counters"
-	lookupMapExempt    = "exempt"
-	lookupMapListeners = "listeners"
-	lookupMapProxies   = "proxies"
-	lookupProgLookup   = "lookup"
-	lookupVarNetns     = "netns"
-	lookupVarPodAddrs  = "pod_addrs"
-	lookupVarProbe4    = "probe4"
-	lookupVarProbe6    = "probe6"
+	lookupMapCounters         = "counters"
+	lookupMapExcludedNetworks = "excluded_networks"
+	lookupMapExclusions       = "exclusions"
+	lookupMapExempt           = "exempt"
+	lookupMapListeners        = "listeners"
+	lookupMapProxies          = "proxies"
+	lookupProgLookup          = "lookup"
+	lookupVarFlags            = "flags"
+	lookupVarNetns            = "netns"
+	lookupVarPodAddrs         = "pod_addrs"
+	lookupVarProbe4           = "probe4"
+	lookupVarProbe6           = "probe6"
 )
 
 // loadLookup returns the embedded CollectionSpec for lookup.
@@ -103,16 +136,19 @@ type lookupProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupMapSpecs struct {
-	Counters  *ebpf.MapSpec `ebpf:"counters"`
-	Exempt    *ebpf.MapSpec `ebpf:"exempt"`
-	Listeners *ebpf.MapSpec `ebpf:"listeners"`
-	Proxies   *ebpf.MapSpec `ebpf:"proxies"`
+	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
+	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
 }
 
 // lookupVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupVariableSpecs struct {
+	Flags    *ebpf.VariableSpec `ebpf:"flags"`
 	Netns    *ebpf.VariableSpec `ebpf:"netns"`
 	PodAddrs *ebpf.VariableSpec `ebpf:"pod_addrs"`
 	Probe4   *ebpf.VariableSpec `ebpf:"probe4"`
@@ -139,15 +175,19 @@ func (o *lookupObjects) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupMaps struct {
-	Counters  *ebpf.Map `ebpf:"counters"`
-	Exempt    *ebpf.Map `ebpf:"exempt"`
-	Listeners *ebpf.Map `ebpf:"listeners"`
-	Proxies   *ebpf.Map `ebpf:"proxies"`
+	Counters         *ebpf.Map `ebpf:"counters"`
+	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.Map `ebpf:"exclusions"`
+	Exempt           *ebpf.Map `ebpf:"exempt"`
+	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Proxies          *ebpf.Map `ebpf:"proxies"`
 }
 
 func (m *lookupMaps) Close() error {
 	return _LookupClose(
 		m.Counters,
+		m.ExcludedNetworks,
+		m.Exclusions,
 		m.Exempt,
 		m.Listeners,
 		m.Proxies,
@@ -158,6 +198,7 @@ func (m *lookupMaps) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupVariables struct {
+	Flags    *ebpf.Variable `ebpf:"flags"`
 	Netns    *ebpf.Variable `ebpf:"netns"`
 	PodAddrs *ebpf.Variable `ebpf:"pod_addrs"`
 	Probe4   *ebpf.Variable `ebpf:"probe4"`

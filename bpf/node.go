@@ -173,6 +173,10 @@ func (n *Node) Counters() (map[string]uint64, error) {
 		connectCounterPROBES:              "probes",
 		connectCounterBYPASS_DROPPED:      "bypass_dropped",
 		connectCounterUNCAPTURED_DROPPED:  "uncaptured_dropped",
+		connectCounterDNS_REDIRECTED:      "dns_redirected",
+		connectCounterDNS_DROPPED:         "dns_dropped",
+		connectCounterOUTBOUND_EXCLUDED:   "outbound_excluded",
+		connectCounterINBOUND_EXCLUDED:    "inbound_excluded",
 	}
 	result := make(map[string]uint64, len(names))
 	for counter, name := range names {

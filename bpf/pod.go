@@ -12,6 +12,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
 
 // MaxPodIPs is how many addresses a pod may have.
@@ -25,6 +27,9 @@ type Pod struct {
 	UID string
 	// IPs are the pod's addresses.
 	IPs []netip.Addr
+	// Exclude is what the pod leaves out, and Devices the interfaces that it names. What Pods gives does not tell.
+	Exclude mesh.Exclusions
+	Devices Devices
 }
 
 // Prepare makes sure that the proxy can put its listeners for the pod in place (OpenListeners). No traffic is redirected
@@ -46,13 +51,21 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.Prepare(pod.Cookie); err != nil {
 		return err
 	}
-	program, err := n.loadLookup(pod.Cookie, value.Addrs)
+	program, err := n.loadLookup(pod.Cookie, value)
 	if err != nil {
 		return err
 	}
 	defer program.Close()
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	var old connectPod
+	if err := n.maps.Pods.Lookup(pod.Cookie, &old); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("look up the pod: %w", err)
+	}
+	wanted := compile(pod)
+	if err := n.putExclusions(wanted); err != nil {
+		return err
+	}
 	if err := n.ensureLookup(ns, pod.Cookie, program); err != nil {
 		return err
 	}
@@ -62,15 +75,20 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.maps.Pods.Put(pod.Cookie, value); err != nil {
 		return fmt.Errorf("set the pod: %w", err)
 	}
-	return nil
+	// Entries of a pod that has none in force do nothing, and go with the pod.
+	if (value.Flags|old.Flags)&connectPodFlagsPOD_EXCLUSIONS == 0 {
+		return nil
+	}
+	return n.dropExclusions(pod.Cookie, wanted)
 }
 
 // loadLookup loads the pod's own instance of the lookup program. The caller closes it.
-func (n *Node) loadLookup(cookie uint64, addrs [MaxPodIPs]connectAddr) (*ebpf.Program, error) {
+func (n *Node) loadLookup(cookie uint64, pod connectPod) (*ebpf.Program, error) {
 	spec := n.lookup.Copy()
 	for name, value := range map[string]any{
 		"netns":     cookie,
-		"pod_addrs": addrs,
+		"flags":     pod.Flags,
+		"pod_addrs": pod.Addrs,
 		"probe4":    toAddr(n.cfg.Probe4),
 		"probe6":    toAddr(n.cfg.Probe6),
 	} {
@@ -80,8 +98,10 @@ func (n *Node) loadLookup(cookie uint64, addrs [MaxPodIPs]connectAddr) (*ebpf.Pr
 	}
 	var programs lookupPrograms
 	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		lookupMapListeners: n.maps.Listeners,
-		lookupMapCounters:  n.maps.Counters,
+		lookupMapListeners:        n.maps.Listeners,
+		lookupMapCounters:         n.maps.Counters,
+		lookupMapExclusions:       n.maps.Exclusions,
+		lookupMapExcludedNetworks: n.maps.ExcludedNetworks,
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("load the lookup program: %w", err)
@@ -158,7 +178,7 @@ func (n *Node) ensurePodAddrs(cookie uint64, addrs []connectAddr) error {
 func (n *Node) RemovePod(cookie uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	errs := []error{n.removeGuard(cookie)}
+	errs := []error{n.removeGuard(cookie, nil)}
 	if err := n.maps.Pods.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
 	}
@@ -171,7 +191,7 @@ func (n *Node) RemovePod(cookie uint64) error {
 			errs = append(errs, fmt.Errorf("remove a listener of the pod: %w", err))
 		}
 	}
-	errs = append(errs, n.ensurePodAddrs(cookie, nil))
+	errs = append(errs, n.ensurePodAddrs(cookie, nil), n.dropExclusions(cookie, entries{}))
 	if err := os.RemoveAll(n.podPath(cookie)); err != nil {
 		errs = append(errs, fmt.Errorf("unpin the pod's program: %w", err))
 	}
@@ -201,20 +221,24 @@ func (n *Node) Pods() ([]Pod, error) {
 	return pods, nil
 }
 
-// Pod looks up one pod that the kernel redirects; ok is false when it does not.
-func (n *Node) Pod(cookie uint64) (pod Pod, ok bool, err error) {
+// Holds tells whether the kernel redirects the pod as EnsurePod would make it.
+func (n *Node) Holds(pod Pod) (bool, error) {
+	want, err := encodePod(pod)
+	if err != nil {
+		return false, err
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var value connectPod
-	if err := n.maps.Pods.Lookup(cookie, &value); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return Pod{}, false, nil
+	var have connectPod
+	if err := n.maps.Pods.Lookup(pod.Cookie, &have); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
 	} else if err != nil {
-		return Pod{}, false, fmt.Errorf("look up the pod: %w", err)
+		return false, fmt.Errorf("look up the pod: %w", err)
 	}
-	if ok, err = n.captured(cookie); !ok || err != nil {
-		return Pod{}, false, err
+	if have != want {
+		return false, nil
 	}
-	return decodePod(cookie, value), true, nil
+	return n.captured(pod.Cookie)
 }
 
 // captured tells whether the lookup program is attached to the pod's network namespace.
@@ -281,7 +305,7 @@ func (n *Node) podPath(cookie uint64, elements ...string) string {
 }
 
 func encodePod(pod Pod) (connectPod, error) {
-	value := connectPod{AddrCount: uint32(len(pod.IPs))}
+	value := connectPod{AddrCount: uint32(len(pod.IPs)), Flags: pod.flags(), Exclusions: pod.fingerprint()}
 	if len(pod.IPs) == 0 || len(pod.IPs) > MaxPodIPs {
 		return value, fmt.Errorf("pod has %d addresses, want 1 to %d", len(pod.IPs), MaxPodIPs)
 	}

@@ -30,8 +30,9 @@ enum slot {
 	SLOT_OUTBOUND = 0,
 	SLOT_INBOUND_PLAINTEXT = 2,
 	SLOT_INBOUND_HBONE = 4,
-	SLOT_DNS = 6,
-	SLOTS = 8,
+	SLOT_DNS = 6,	// UDP
+	SLOT_DNS_TCP = 8,
+	SLOTS = 10,
 };
 
 enum counter {
@@ -43,8 +44,61 @@ enum counter {
 	PROBES,			// kubelet connects that were given the probe source address
 	BYPASS_DROPPED,		// packets of TCP that went round the proxy and were dropped
 	UNCAPTURED_DROPPED,	// packets of pods that could not be captured, dropped
+	DNS_REDIRECTED,		// packets with DNS queries given to the proxy
+	DNS_DROPPED,		// packets with DNS queries dropped because the proxy does not listen
+	OUTBOUND_EXCLUDED,	// connects that the pod's exclusions leave alone
+	INBOUND_EXCLUDED,	// connections left alone on arrival by the pod's exclusions
 	COUNTERS,
 };
+
+// What differs from pod to pod.
+enum pod_flags {
+	POD_DNS = 1,			// DNS queries go to the proxy
+	POD_INBOUND_EXCLUDED = 2,	// what arrives in clear is left alone
+	POD_EXCLUSIONS = 4,		// some of the exclusions' entries are the pod's
+	POD_IN_LISTED = 8,		// what arrives in clear is left alone, unless an entry captures it
+	POD_OUT_LISTED = 16,		// connects are left alone, unless an entry captures them
+};
+
+enum direction { IN, OUT };
+
+// Whether to capture, as an entry has it. None beats another but that EXCLUDED beats CAPTURED.
+enum capture { NO_SAY, CAPTURED, EXCLUDED };
+
+// Ports (the pod's own for what arrives, the destination's for what is opened) and interfaces that exclusions name.
+enum exclusion_kind { PORT_IN = IN, PORT_OUT = OUT, DEVICE };
+
+struct exclusion_key {
+	__u64 netns;
+	enum exclusion_kind kind;
+	__u32 number; // a port, or an interface's index
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct exclusion_key);
+	__type(value, enum capture);
+} exclusions SEC(".maps");
+
+// Networks that exclusions name, of the other end. The longest prefix counts.
+struct network_key {
+	__u32 bits; // that count, of the fields below
+	__u32 netns[2];
+	enum direction direction;
+	struct addr addr;
+};
+
+#define NETWORK_KEY_BITS (8 * (sizeof(struct network_key) - sizeof(__u32)))
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct network_key);
+	__type(value, enum capture);
+} excluded_networks SEC(".maps");
 
 struct listener_key {
 	__u64 netns;
@@ -115,6 +169,40 @@ static __always_inline int is_loopback(const struct addr *a)
 	if (is_ip4(a))
 		return !a->word[3] || (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
 	return !a->word[0] && !a->word[1] && !a->word[2] && (!a->word[3] || a->word[3] == bpf_htonl(1));
+}
+
+static __always_inline enum capture of_number(__u64 netns, enum exclusion_kind kind, __u32 number)
+{
+	struct exclusion_key key = { .netns = netns, .kind = kind, .number = number };
+	enum capture *entry = bpf_map_lookup_elem(&exclusions, &key);
+	return entry ? *entry : NO_SAY;
+}
+
+// is_excluded tells whether a pod's exclusions leave a connection alone: with whom, on which port of the one called, and on
+// which interface (0: not known).
+static __always_inline int is_excluded(__u64 netns, __u32 flags, enum direction direction, const struct addr *peer,
+				       __u32 port, __u32 device)
+{
+	if (direction == IN && (flags & POD_INBOUND_EXCLUDED))
+		return 1;
+	if (!(flags & (POD_EXCLUSIONS | (direction == IN ? POD_IN_LISTED : POD_OUT_LISTED))))
+		return 0;
+	if (device && of_number(netns, DEVICE, device) == EXCLUDED)
+		return 1;
+	enum capture by_port = of_number(netns, direction == IN ? PORT_IN : PORT_OUT, port);
+	struct network_key key = {
+		.bits = NETWORK_KEY_BITS,
+		.netns = { (__u32)netns, (__u32)(netns >> 32) },
+		.direction = direction,
+		.addr = *peer,
+	};
+	enum capture *network = bpf_map_lookup_elem(&excluded_networks, &key);
+	enum capture by_network = network ? *network : NO_SAY;
+	if (by_port == EXCLUDED || by_network == EXCLUDED)
+		return 1;
+	if (by_port == CAPTURED || by_network == CAPTURED)
+		return 0;
+	return (flags & (direction == IN ? POD_IN_LISTED : POD_OUT_LISTED)) != 0;
 }
 
 #endif

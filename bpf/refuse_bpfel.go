@@ -13,6 +13,14 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type refuseCapture uint32
+
+const (
+	refuseCaptureNO_SAY   refuseCapture = 0
+	refuseCaptureCAPTURED refuseCapture = 1
+	refuseCaptureEXCLUDED refuseCapture = 2
+)
+
 type refuseCounter uint32
 
 const (
@@ -24,8 +32,19 @@ const (
 	refuseCounterPROBES              refuseCounter = 5
 	refuseCounterBYPASS_DROPPED      refuseCounter = 6
 	refuseCounterUNCAPTURED_DROPPED  refuseCounter = 7
-	refuseCounterCOUNTERS            refuseCounter = 8
+	refuseCounterDNS_REDIRECTED      refuseCounter = 8
+	refuseCounterDNS_DROPPED         refuseCounter = 9
+	refuseCounterOUTBOUND_EXCLUDED   refuseCounter = 10
+	refuseCounterINBOUND_EXCLUDED    refuseCounter = 11
+	refuseCounterCOUNTERS            refuseCounter = 12
 )
+
+type refuseExclusionKey struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Kind   uint32
+	Number uint32
+}
 
 type refuseListenerKey struct {
 	_     structs.HostLayout
@@ -34,16 +53,29 @@ type refuseListenerKey struct {
 	Pad   uint32
 }
 
+type refuseNetworkKey struct {
+	_         structs.HostLayout
+	Bits      uint32
+	Netns     [2]uint32
+	Direction uint32
+	Addr      struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	refuseMapCounters   = "counters"
-	refuseMapExempt     = "exempt"
-	refuseMapListeners  = "listeners"
-	refuseMapProxies    = "proxies"
-	refuseProgRefuseIn  = "refuse_in"
-	refuseProgRefuseOut = "refuse_out"
+	refuseMapCounters         = "counters"
+	refuseMapExcludedNetworks = "excluded_networks"
+	refuseMapExclusions       = "exclusions"
+	refuseMapExempt           = "exempt"
+	refuseMapListeners        = "listeners"
+	refuseMapProxies          = "proxies"
+	refuseProgRefuseIn        = "refuse_in"
+	refuseProgRefuseOut       = "refuse_out"
 )
 
 // loadRefuse returns the embedded CollectionSpec for refuse.
@@ -96,10 +128,12 @@ type refuseProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type refuseMapSpecs struct {
-	Counters  *ebpf.MapSpec `ebpf:"counters"`
-	Exempt    *ebpf.MapSpec `ebpf:"exempt"`
-	Listeners *ebpf.MapSpec `ebpf:"listeners"`
-	Proxies   *ebpf.MapSpec `ebpf:"proxies"`
+	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
+	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
 }
 
 // refuseVariableSpecs contains global variables before they are loaded into the kernel.
@@ -128,15 +162,19 @@ func (o *refuseObjects) Close() error {
 //
 // It can be passed to loadRefuseObjects or ebpf.CollectionSpec.LoadAndAssign.
 type refuseMaps struct {
-	Counters  *ebpf.Map `ebpf:"counters"`
-	Exempt    *ebpf.Map `ebpf:"exempt"`
-	Listeners *ebpf.Map `ebpf:"listeners"`
-	Proxies   *ebpf.Map `ebpf:"proxies"`
+	Counters         *ebpf.Map `ebpf:"counters"`
+	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
+	Exclusions       *ebpf.Map `ebpf:"exclusions"`
+	Exempt           *ebpf.Map `ebpf:"exempt"`
+	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Proxies          *ebpf.Map `ebpf:"proxies"`
 }
 
 func (m *refuseMaps) Close() error {
 	return _RefuseClose(
 		m.Counters,
+		m.ExcludedNetworks,
+		m.Exclusions,
 		m.Exempt,
 		m.Listeners,
 		m.Proxies,

@@ -24,6 +24,10 @@ type Config struct {
 	ClusterID   string
 	Network     string
 	TrustDomain string
+	// ClusterDomain is the end of the cluster's names.
+	ClusterDomain string
+	// ResolvConf names the resolvers that are asked for pods whose own resolver cannot be told.
+	ResolvConf string
 
 	// XDS and CA are the control plane's two services, usually at the same address.
 	XDS identity.ControlPlane
@@ -77,6 +81,8 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		ClusterID:     get("CLUSTER_ID", "Kubernetes"),
 		Network:       getenv("NETWORK"),
 		TrustDomain:   get("TRUST_DOMAIN", mesh.DefaultTrustDomain),
+		ClusterDomain: get("CLUSTER_DOMAIN", "cluster.local"),
+		ResolvConf:    "/etc/resolv.conf",
 		ZDSSocket:     get("INPOD_UDS", zds.DefaultSocket),
 		BPFFS:         get("FAIRLEAD_BPFFS", "/sys/fs/bpf/fairlead"),
 		AdminAddr:     get("ADMIN_ADDR", "localhost:15000"),

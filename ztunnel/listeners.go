@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,7 @@ const (
 	purposeOutbound purpose = iota
 	purposePlaintext
 	purposeHBONE
+	purposeDNS
 )
 
 // purposes gives each purpose the port that redirection rules lead to, and its eBPF slots.
@@ -35,6 +37,7 @@ var purposes = [...]struct {
 	purposeOutbound:  {15001, bpf.OutboundIPv4, bpf.OutboundIPv6},
 	purposePlaintext: {15006, bpf.InboundPlaintextIPv4, bpf.InboundPlaintextIPv6},
 	purposeHBONE:     {15008, bpf.InboundHBONEIPv4, bpf.InboundHBONEIPv6},
+	purposeDNS:       {15053, bpf.DNSOverTCPIPv4, bpf.DNSOverTCPIPv6},
 }
 
 // listener is one of a pod's listeners.
@@ -49,12 +52,13 @@ type listener struct {
 // application's; else those that the redirection rules lead to.
 func listen(ns *os.File, slots bool) ([]*listener, error) {
 	var made []*listener
-	for p := purposeOutbound; p <= purposeHBONE; p++ {
+	for p := purposeOutbound; p <= purposeDNS; p++ {
 		var some []*listener
 		var err error
-		if slots {
-			some, err = listenPair(ns, p, slots, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 0), netip.AddrPortFrom(netip.IPv6Loopback(), 0))
-		} else {
+		switch own := loopback(purposes[p].port, slots); {
+		case slots, p == purposeDNS: // nobody but the pod is to reach its DNS
+			some, err = listenPair(ns, p, slots, own[0], own[1])
+		default:
 			some, err = listenAny(ns, p)
 		}
 		if err != nil {
@@ -68,11 +72,26 @@ func listen(ns *os.File, slots bool) ([]*listener, error) {
 	return made, nil
 }
 
+// loopback is where listeners are that only redirection leads to: on any free port with slots.
+func loopback(port uint16, slots bool) [2]netip.AddrPort {
+	if slots {
+		port = 0
+	}
+	return [2]netip.AddrPort{
+		netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port), netip.AddrPortFrom(netip.IPv6Loopback(), port),
+	}
+}
+
+// noFamily tells whether an error says that the namespace has no addresses of a family.
+func noFamily(err error) bool {
+	return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)
+}
+
 // listenPair listens on an IPv4 and an IPv6 address. A namespace without IPv6 gets no listener for it: its slot stays
 // empty, which refuses what cannot come.
 func listenPair(ns *os.File, p purpose, slots bool, ipv4, ipv6 netip.AddrPort) ([]*listener, error) {
 	mark := netns.ProxyMark
-	if slots && p == purposeOutbound {
+	if slots && (p == purposeOutbound || p == purposeDNS) {
 		mark = netns.RedirectMark // the other end is the application's, in the same namespace
 	}
 	four, err := netns.Listen(ns, "tcp4", ipv4, mark, true)
@@ -84,7 +103,7 @@ func listenPair(ns *os.File, p purpose, slots bool, ipv4, ipv6 netip.AddrPort) (
 	switch {
 	case err == nil:
 		return append(made, newListener(six, p, slots)), nil
-	case errors.Is(err, unix.EADDRNOTAVAIL), errors.Is(err, unix.EAFNOSUPPORT):
+	case noFamily(err):
 		return made, nil
 	}
 	four.Close()
@@ -118,9 +137,22 @@ func openSlots(bpffs string, cookie uint64) (*bpf.Listeners, error) {
 	return slots, err
 }
 
-// fillSlots puts listeners where the programs find them.
-func fillSlots(slots *bpf.Listeners, listeners []*listener) error {
-	for _, l := range listeners {
+// slotted is a socket that belongs into a slot.
+type slotted interface {
+	SyscallConn() (syscall.RawConn, error)
+	slot() bpf.Slot
+}
+
+// fillSlots puts the pod's listeners where the programs find them.
+func (p *pod) fillSlots(slots *bpf.Listeners) error {
+	var all []slotted
+	for _, l := range p.listeners {
+		all = append(all, l)
+	}
+	for _, l := range p.packets {
+		all = append(all, l)
+	}
+	for _, l := range all {
 		raw, err := l.SyscallConn()
 		if err != nil {
 			return err

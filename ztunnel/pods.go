@@ -3,10 +3,10 @@ package ztunnel
 // The pods of this node, in steps:
 //  1. The CNI agent names a pod and hands its network namespace over (ZDS).
 //  2. The pod's certificate is asked for, ahead of its first connection.
-//  3. Listeners are made inside the namespace: outbound, inbound plaintext, inbound HBONE.
+//  3. Listeners are made inside the namespace: outbound, inbound plaintext, inbound HBONE, DNS.
 //  4. Where the agent redirects by eBPF, the listeners go into the pod's slots; elsewhere the agent's rules lead to their
 //     ports. Then the agent is answered.
-// Next: ztunnel/outbound.go, ztunnel/inbound.go, ztunnel/passthrough.go
+// Next: ztunnel/outbound.go, ztunnel/inbound.go, ztunnel/passthrough.go, ztunnel/dns.go
 
 import (
 	"context"
@@ -44,10 +44,13 @@ type pod struct {
 	cookie      uint64
 	slots       bool // redirected by eBPF: connections come by slots, not by port
 	listeners   []*listener
+	packets     []packetListener
 	server      *hbone.Server
 	buffers     *hbone.Buffers // of its tunnels, in both directions
 	connections int            // open now; guarded by connections.mu
 	stops       []func()       // end accepting
+	// queries and dnsConnections bound what the pod may ask at once.
+	queries, dnsConnections chan struct{}
 }
 
 // workload is what the mesh knows of the pod, or nil.
@@ -100,6 +103,7 @@ func (s *pods) describe(w zds.Workload, cookie uint64) *pod {
 		identity:    mesh.Identity{TrustDomain: cfg.TrustDomain, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
 		workloadUID: cfg.ClusterID + "//Pod/" + w.Namespace + "/" + w.Name,
 		cookie:      cookie,
+		queries:     make(chan struct{}, podQueries), dnsConnections: make(chan struct{}, podDNSConnections),
 	}
 }
 
@@ -197,14 +201,23 @@ func (p *pod) serve(proxy *Proxy) error {
 	if p.listeners, err = listen(p.Netns, p.slots); err != nil {
 		return err
 	}
+	if p.packets, err = listenPackets(p); err != nil {
+		p.close()
+		return fmt.Errorf("listen for DNS in the pod's network namespace: %w", err)
+	}
 	p.buffers = hbone.NewBuffers(proxy.cfg.Limits.BufferedBytes, func(l hbone.Limit) { proxy.metrics.limited(p, l) })
 	p.server = proxy.newServer(p)
+	for _, l := range p.packets {
+		go proxy.resolver.servePackets(proxy.running, p, l)
+	}
 	for _, l := range p.listeners {
 		switch l.purpose {
 		case purposeOutbound:
 			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { proxy.serveOutbound(p, l, app, from) })
 		case purposePlaintext:
 			err = p.accept(proxy, l, func(client int, from netip.AddrPort) { go proxy.servePassthrough(p, l, client, from) })
+		case purposeDNS:
+			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { go proxy.serveDNS(p, l, app, from) })
 		case purposeHBONE:
 			go func() {
 				// Tunnels outlive the pod's listeners, as connections do.
@@ -219,7 +232,7 @@ func (p *pod) serve(proxy *Proxy) error {
 		}
 	}
 	if slots != nil {
-		if err := fillSlots(slots, p.listeners); err != nil {
+		if err := p.fillSlots(slots); err != nil {
 			p.close()
 			return err
 		}
@@ -241,7 +254,7 @@ func (p *pod) refresh(bpffs string) (bool, error) {
 	if !p.slots {
 		return false, nil
 	}
-	return true, fillSlots(slots, p.listeners)
+	return true, p.fillSlots(slots)
 }
 
 // accept lets serve have the connections of a listener. They outlive it.
@@ -262,6 +275,9 @@ func (p *pod) close() {
 		stop()
 	}
 	for _, l := range p.listeners {
+		l.Close()
+	}
+	for _, l := range p.packets {
 		l.Close()
 	}
 }

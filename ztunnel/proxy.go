@@ -1,5 +1,6 @@
 // Package ztunnel is the node proxy: every TCP connection of the node's pods goes through it, in mutual TLS from node to
-// node. proxy.go puts it together; outbound.go, inbound.go and passthrough.go each carry one kind of connection.
+// node. proxy.go puts it together; outbound.go, inbound.go and passthrough.go each carry one kind of connection, and
+// dns.go answers for names.
 package ztunnel
 
 import (
@@ -48,6 +49,7 @@ type Proxy struct {
 	source      configuration
 	pods        *pods
 	connections *connections
+	resolver    *resolver
 	metrics     *metrics
 	registry    *prometheus.Registry
 	sockets     *netns.Beginner
@@ -145,6 +147,7 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 	p.connections = newConnections(log.Access, p.metrics, cfg.Limits)
 	p.pool = hbone.NewPool(hbone.PoolConfig{Driver: p.driver, Log: log.Process})
 	p.pods = newPods(p)
+	p.resolver = newResolver(p)
 	p.source = newConfiguration(cfg, description, p.store, log.Process)
 	return p, nil
 }

@@ -24,6 +24,7 @@ import (
 func TestConfigFromEnv(t *testing.T) {
 	defaults := Config{
 		NodeName: "n", PodName: "p", PodNamespace: "istio-system", ClusterID: "Kubernetes", TrustDomain: "cluster.local",
+		ClusterDomain: "cluster.local", ResolvConf: "/etc/resolv.conf",
 		XDS: identity.ControlPlane{Address: "https://istiod.istio-system.svc:15012", RootFile: "/var/run/secrets/istio/root-cert.pem",
 			TokenFile: "/var/run/secrets/tokens/istio-token"},
 		CA: identity.ControlPlane{Address: "https://istiod.istio-system.svc:15012", RootFile: "/var/run/secrets/istio/root-cert.pem",

@@ -70,6 +70,9 @@ type pod struct {
 	ip6  netip.Addr
 }
 
+// resolvConf names a file, in place of the system's, among a node's settings.
+const resolvConf = "resolv.conf"
+
 const fabric4, fabric6 = "10.79.0.1", "fd79::1"
 
 func newWorld(t *testing.T) *world {
@@ -219,14 +222,20 @@ func (w *world) enrol(n *node, p *pod) {
 	redirected := redirect.Pod{UID: "uid-" + p.name, Netns: p.ns, IPs: []netip.Addr{p.ip4, p.ip6}}
 	_, err := w.redirector.Ensure(w.t.Context(), redirected)
 	w.must(err)
-	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
-	defer cancel()
-	w.must(n.agent.Add(ctx, zds.Workload{UID: "uid-" + p.name, Name: p.name, Namespace: "shop", ServiceAccount: p.name, Netns: p.ns}))
+	w.hand(n, p)
 	w.t.Cleanup(func() {
 		if err := w.redirector.Remove(p.ns); err != nil {
 			w.t.Error(err)
 		}
 	})
+}
+
+// hand gives a pod to a node's proxy; how it is redirected is the caller's business.
+func (w *world) hand(n *node, p *pod) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
+	defer cancel()
+	w.must(n.agent.Add(ctx, zds.Workload{UID: "uid-" + p.name, Name: p.name, Namespace: "shop", ServiceAccount: p.name, Netns: p.ns}))
 }
 
 // anyCaller trusts whoever asks; who may ask is not what is tested here.
@@ -333,6 +342,9 @@ func (w *world) node(name string, env map[string]string) *node {
 	}
 	cfg, err := ztunnel.ConfigFromEnv(func(k string) string { return all[k] })
 	w.must(err)
+	if path := env[resolvConf]; path != "" {
+		cfg.ResolvConf = path
+	}
 	access, logs := observer.New(zapcore.DebugLevel)
 	n.logs = logs
 	proxy.Go(func() {

@@ -79,6 +79,7 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&o.install.BinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime looks for CNI plugins")
 	flags.StringVar(&o.install.ConfDir, "cni-conf-dir", "", "where the container runtime looks for CNI configurations (/etc/cni/net.d on most nodes); empty: nothing is installed")
 	flags.DurationVar(&o.timeout, "timeout", time.Minute, "withdraw: how long to wait for the agents")
+	flags.BoolVar(&cfg.CaptureDNS, "dns-capture", true, "the node proxy answers the names that pods ask for, where annotations do not say otherwise")
 	flags.StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
 	exclude := flags.String("exclude-namespaces", "istio-system,kube-system", "namespaces that are never in the mesh, with commas between")
 	if err := flags.Parse(arguments); err != nil {

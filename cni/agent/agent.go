@@ -61,6 +61,8 @@ type Config struct {
 	HealthAddr, MetricsAddr string
 	// ExcludeNamespaces are never in the mesh.
 	ExcludeNamespaces []string
+	// CaptureDNS: the proxy answers the names that pods ask for, where they do not say otherwise.
+	CaptureDNS bool
 	// AckTimeout bounds the wait for the proxy to accept a pod.
 	AckTimeout time.Duration
 	// DaemonSet is NAMESPACE/NAME of the agent's own: when it is gone at the agent's end, the node is cleaned.
@@ -107,7 +109,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
-	a.watch = newWatcher(log, c, a.enrol, cfg.NodeName, cfg.ExcludeNamespaces)
+	a.watch = newWatcher(log, c, a.enrol, cfg)
 	if d, ok := c.(*directory); ok {
 		d.caches = func() (cache.Store, cache.Store) { return a.watch.pods, a.watch.namespaces }
 	}

@@ -370,7 +370,7 @@ func (e *enroller) removeAll() error {
 }
 
 func (r record) target(ns *os.File) redirect.Pod {
-	return redirect.Pod{UID: r.UID, Netns: ns, IPs: r.IPs}
+	return redirect.Pod{UID: r.UID, Netns: ns, IPs: r.IPs, Exclude: r.Exclude}
 }
 
 func (r record) workload(ns *os.File) zds.Workload {

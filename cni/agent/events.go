@@ -108,6 +108,8 @@ func (e *events) add(ctx context.Context, event plugin.Event) (plugin.Answer, er
 	if err != nil {
 		return plugin.Answer{}, refusal{http.StatusBadRequest, err}
 	}
+	// What cannot be understood is told of when the watch looks at the pod.
+	rec.Exclude, _ = e.watch.exclusions(pod, namespace)
 	if err := e.enrol.start(ctx, rec, ns); err != nil {
 		return plugin.Answer{}, err
 	}

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
 
 // record is what the agent knows of one pod's sandbox. It is on disk too, where the next agent finds it.
@@ -26,6 +28,8 @@ type record struct {
 	// Redirected tells whether the pod is captured; Routed whether its namespace still has our routes.
 	Redirected bool
 	Routed     bool
+	// Exclude is what the pod leaves out of redirection.
+	Exclude mesh.Exclusions `json:",omitzero"`
 }
 
 func (r record) pod() string { return r.Namespace + "/" + r.Name }

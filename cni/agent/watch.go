@@ -14,6 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/workqueue"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
 
 const (
@@ -36,18 +38,24 @@ type watcher struct {
 	node string
 	// began is when the agent started: pods made later should have been captured at their start.
 	began time.Time
+	// captureDNS is Config.CaptureDNS.
+	captureDNS bool
 
 	queue      workqueue.TypedRateLimitingInterface[work]
 	pods       cache.Store
 	namespaces cache.Store
 	informers  []cache.Controller
 
-	mu     sync.Mutex
-	warned map[string]string // the last warning on each pod, by UID
+	mu         sync.Mutex
+	warned     map[string]string // the last warning on each pod, by UID
+	complaints map[string]string // the last complaint of each pod's annotations, by UID
 }
 
-func newWatcher(log *zap.Logger, c cluster, e *enroller, node string, exclude []string) *watcher {
-	w := &watcher{log: log, cluster: c, enrol: e, node: node, exclude: exclude, began: time.Now(), warned: map[string]string{}}
+func newWatcher(log *zap.Logger, c cluster, e *enroller, cfg Config) *watcher {
+	w := &watcher{
+		log: log, cluster: c, enrol: e, node: cfg.NodeName, exclude: cfg.ExcludeNamespaces, captureDNS: cfg.CaptureDNS,
+		began: time.Now(), warned: map[string]string{}, complaints: map[string]string{},
+	}
 	w.queue = workqueue.NewTypedRateLimitingQueue(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[work](200*time.Millisecond, 30*time.Second))
 	var pods, namespaces cache.Controller
@@ -100,7 +108,7 @@ func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 	if v, ok := m.Labels[modeLabel]; ok {
 		kept.Labels[modeLabel] = v
 	}
-	for _, name := range []string{sidecarAnnotation, redirectionAnnotation, mirrorAnnotation} {
+	for _, name := range append(mesh.ExclusionAnnotations(), sidecarAnnotation, redirectionAnnotation, mirrorAnnotation) {
 		if v, ok := m.Annotations[name]; ok {
 			kept.Annotations[name] = v
 		}
@@ -184,6 +192,7 @@ func (w *watcher) next(ctx context.Context) bool {
 	var err error
 	if item.gone != "" {
 		w.forgetWarning(item.gone)
+		w.forgetComplaint(item.gone)
 		err = w.enrol.forget(ctx, item.gone, "")
 	} else {
 		err = w.reconcile(ctx, item.key)
@@ -211,17 +220,23 @@ func (w *watcher) reconcile(ctx context.Context, key string) error {
 	uid := string(pod.UID)
 	if !decide(pod, namespace, w.exclude).enrol {
 		w.forgetWarning(uid)
+		w.forgetComplaint(uid)
 		if err := w.enrol.release(ctx, uid); err != nil {
 			return err
 		}
 		return w.annotate(ctx, pod, false)
 	}
 	rec := recordOf(pod)
+	exclude, invalid := w.exclusions(pod, namespace)
+	rec.Exclude = exclude
+	if err := w.complain(ctx, pod, invalid); err != nil {
+		return err
+	}
 	known, ok := w.enrol.records.get(uid)
 	if !ok && (len(rec.IPs) == 0 || pod.DeletionTimestamp != nil) {
 		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
-	if !ok || !w.enrol.holds(known, pod.Annotations[mirrorAnnotation]) {
+	if !ok || !sameExclusions(known.Exclude, exclude) || !w.enrol.holds(known, pod.Annotations[mirrorAnnotation]) {
 		late := !ok && pod.CreationTimestamp.After(w.began)
 		if err := w.enrol.capture(ctx, rec, late, pod.Annotations[mirrorAnnotation]); err != nil {
 			return errors.Join(err, w.uncapturedPod(ctx, pod, err))

@@ -39,7 +39,11 @@ func ensure(rules Rules) error {
 			return fmt.Errorf("add the route of table %d for %s: %w", r.Table, familyName(r.Family), err)
 		}
 	}
-	for _, r := range rules.Rules {
+	return addRules(rules.Rules)
+}
+
+func addRules(rules []Rule) error {
+	for _, r := range rules {
 		if !hasFamily(r.Family) {
 			continue
 		}
@@ -50,14 +54,20 @@ func ensure(rules Rules) error {
 	return nil
 }
 
-// remove takes the rules away, in the opposite order.
-func remove(rules Rules) error {
+// removeRules takes rules away, the last first.
+func removeRules(rules []Rule) error {
 	var errs []error
-	for _, r := range slices.Backward(rules.Rules) {
+	for _, r := range slices.Backward(rules) {
 		if err := netlink.RuleDel(r.netlink()); err != nil && !isAbsent(err) {
 			errs = append(errs, fmt.Errorf("remove the rule with priority %d for %s: %w", r.Priority, familyName(r.Family), err))
 		}
 	}
+	return errors.Join(errs...)
+}
+
+// remove takes the rules away, in the opposite order.
+func remove(rules Rules) error {
+	errs := []error{removeRules(slices.Concat(rules.Rules, rules.DNS))}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return errors.Join(append(errs, fmt.Errorf("find lo: %w", err))...)
@@ -85,19 +95,8 @@ func held(rules Rules) (bool, error) {
 			return false, nil
 		}
 	}
-	for _, want := range rules.Rules {
-		if !hasFamily(want.Family) {
-			continue
-		}
-		have, err := netlink.RuleList(want.Family)
-		if err != nil {
-			return false, fmt.Errorf("list rules: %w", err)
-		}
-		if !slices.ContainsFunc(have, func(r netlink.Rule) bool {
-			return r.Priority == want.Priority && r.Mark == want.Mark && (want.Table == 0 || r.Table == want.Table)
-		}) {
-			return false, nil
-		}
+	if ok, err := heldRules(rules.Rules); !ok || err != nil {
+		return false, err
 	}
 	for _, want := range rules.Routes {
 		if !hasFamily(want.Family) {
@@ -114,11 +113,45 @@ func held(rules Rules) (bool, error) {
 	return true, nil
 }
 
+// heldRules tells whether the kernel holds all of the rules.
+func heldRules(rules []Rule) (bool, error) {
+	for _, want := range rules {
+		if !hasFamily(want.Family) {
+			continue
+		}
+		have, err := netlink.RuleList(want.Family)
+		if err != nil {
+			return false, fmt.Errorf("list rules: %w", err)
+		}
+		if !slices.ContainsFunc(have, want.is) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// is tells whether r is what the kernel has told of.
+func (r Rule) is(have netlink.Rule) bool {
+	var mask uint32
+	if have.Mask != nil {
+		mask = *have.Mask
+	}
+	var port uint16
+	if have.Dport != nil {
+		port = have.Dport.Start
+	}
+	return have.Priority == r.Priority && have.Mark == r.Mark && mask == r.Mask && have.IPProto == r.Protocol && port == r.Port &&
+		(r.Table == 0 || have.Table == r.Table)
+}
+
 func (r Rule) netlink() *netlink.Rule {
 	rule := netlink.NewRule()
 	rule.Family, rule.Priority, rule.Mark, rule.Table = r.Family, r.Priority, r.Mark, r.Table
-	mask := ^uint32(0)
-	rule.Mask = &mask
+	rule.Mask, rule.IPProto = &r.Mask, r.Protocol
+	if r.Port != 0 {
+		// What arrives from outside is no business of this rule.
+		rule.Dport, rule.IifName = netlink.NewRulePortRange(r.Port, r.Port), "lo"
+	}
 	if r.Table == 0 {
 		rule.Type = unix.RTN_UNREACHABLE
 	}

@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -70,17 +71,43 @@ func (e *ebpf) prepare(pod Pod, cookie uint64) error {
 // ensure redirects first and guards then: what the pod has connected before either goes on, and nothing that it connects
 // in between goes round the proxy.
 func (e *ebpf) ensure(pod Pod, cookie uint64) error {
-	if err := e.node.EnsurePod(pod.Netns, bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs}); err != nil {
+	target, err := describe(pod, cookie)
+	if err != nil {
+		return err
+	}
+	if err := e.node.EnsurePod(pod.Netns, target); err != nil {
 		return err
 	}
 	if err := e.exemptElders(pod, cookie); err != nil {
 		return err
 	}
-	wires, _, err := wiresOf(e.host, pod.Netns)
+	wires, _, err := wiresOf(e.host, pod)
 	if err != nil {
 		return err
 	}
-	return netns.Do(e.host, func() error { return e.node.EnsureGuard(cookie, wires) })
+	if err := netns.Do(e.host, func() error { return e.node.EnsureGuard(target, wires) }); err != nil {
+		return err
+	}
+	return netns.Do(pod.Netns, func() error {
+		rules := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs}).DNS
+		if pod.Exclude.DNS {
+			return removeRules(rules)
+		}
+		return addRules(rules)
+	})
+}
+
+// describe is the pod as its programs are to know it.
+func describe(pod Pod, cookie uint64) (bpf.Pod, error) {
+	target := bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs, Exclude: pod.Exclude}
+	if len(pod.Exclude.Interfaces) == 0 {
+		return target, nil
+	}
+	err := netns.Do(pod.Netns, func() (err error) {
+		target.Devices, err = devices(pod.Exclude.Interfaces)
+		return err
+	})
+	return target, err
 }
 
 // exemptElders lets the connections that a running pod has open go on. Those that are half made become known by their
@@ -99,20 +126,27 @@ func (e *ebpf) exemptElders(pod Pod, cookie uint64) error {
 }
 
 func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
-	known, ok, err := e.node.Pod(cookie)
-	if err != nil || !ok || known.UID != pod.UID {
-		return false, err
-	}
-	wires, _, err := wiresOf(e.host, pod.Netns)
+	target, err := describe(pod, cookie)
 	if err != nil {
 		return false, err
 	}
-	if ok, err := e.node.Guarded(cookie, wires); !ok || err != nil {
+	if ok, err := e.node.Holds(target); !ok || err != nil {
+		return false, err
+	}
+	wires, _, err := wiresOf(e.host, pod)
+	if err != nil {
+		return false, err
+	}
+	if ok, err := e.node.Guarded(target, wires); !ok || err != nil {
 		return false, err
 	}
 	var rules bool
 	err = netns.Do(pod.Netns, func() error {
-		rules, err = held(Plan(PodConfig{Mode: EBPF, IPs: pod.IPs}))
+		plan := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
+		if !pod.Exclude.DNS {
+			plan.Rules = append(plan.Rules, plan.DNS...)
+		}
+		rules, err = held(plan)
 		return err
 	})
 	return rules, err
@@ -130,7 +164,7 @@ func (e *ebpf) unguarded(pod Pod) (interfaces []string, err error) {
 	if e.node.Unguarded() != nil {
 		return nil, nil
 	}
-	_, interfaces, err = wiresOf(e.host, pod.Netns)
+	_, interfaces, err = wiresOf(e.host, pod)
 	return interfaces, err
 }
 
@@ -138,7 +172,14 @@ func (e *ebpf) attempts() (func() (bpf.Attempt, error), func() error, error) {
 	return e.node.Attempts()
 }
 
-func (e *ebpf) release(cookie uint64, _ *os.File) error { return e.node.RemovePod(cookie) }
+// release first lets the pod's queries go to its resolvers again.
+func (e *ebpf) release(cookie uint64, ns *os.File) error {
+	var err error
+	if ns != nil {
+		err = netns.Do(ns, func() error { return removeRules(Plan(PodConfig{Mode: EBPF}).DNS) })
+	}
+	return errors.Join(err, e.node.RemovePod(cookie))
+}
 
 func (e *ebpf) remove(ns *os.File) error {
 	return netns.Do(ns, func() error { return remove(Plan(PodConfig{Mode: EBPF})) })

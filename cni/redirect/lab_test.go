@@ -248,7 +248,7 @@ func listen(t *testing.T, by string, ns *os.File, addr netip.AddrPort, to chan<-
 	}
 }
 
-// proxy opens the proxy's six listeners in the pod where redirection leads to.
+// proxy opens the proxy's TCP listeners in the pod where redirection leads to.
 func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListener {
 	t.Helper()
 	listeners := map[bpf.Slot]*net.TCPListener{}
@@ -259,6 +259,7 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		bpf.OutboundIPv4: {"outbound", 15001}, bpf.OutboundIPv6: {"outbound", 15001},
 		bpf.InboundPlaintextIPv4: {"plaintext", 15006}, bpf.InboundPlaintextIPv6: {"plaintext", 15006},
 		bpf.InboundHBONEIPv4: {"hbone", 15008}, bpf.InboundHBONEIPv6: {"hbone", 15008},
+		bpf.DNSOverTCPIPv4: {"dns", 15053}, bpf.DNSOverTCPIPv6: {"dns", 15053},
 	} {
 		ip, port := netip.MustParseAddr("127.0.0.1"), uint16(0)
 		if slot%2 == 1 {
@@ -272,7 +273,7 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		}
 		network := map[bool]string{true: "tcp4", false: "tcp6"}[ip.Is4()]
 		mark := netns.ProxyMark
-		if row.by == "outbound" && l.cfg.Mode == redirect.EBPF {
+		if (row.by == "outbound" || row.by == "dns") && l.cfg.Mode == redirect.EBPF {
 			mark = netns.RedirectMark
 		}
 		listener, err := netns.Listen(l.pod, network, netip.AddrPortFrom(ip, port), mark, true)

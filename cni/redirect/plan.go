@@ -20,6 +20,10 @@ const (
 	// lookupPriority and refusePriority order the two rules right after the kernel's rule for local addresses.
 	lookupPriority = 1
 	refusePriority = 2
+	dnsPriority    = 3
+	dnsPort        = 53
+	// wholeMark compares every bit of a mark.
+	wholeMark = ^uint32(0)
 )
 
 // Addresses that the kubelet's probes of pods of the mesh come from; they are on lo of the host.
@@ -45,6 +49,8 @@ type Rules struct {
 	Routes  []Route
 	// Chains are those of table TableName; there are none where programs redirect.
 	Chains []Chain
+	// DNS are rules that bring the pod's queries by UDP to lo: for when the pod's programs are in place.
+	DNS []Rule
 }
 
 // Sysctl is a kernel setting below /proc/sys/net.
@@ -54,12 +60,16 @@ type Sysctl struct {
 	On, Off string
 }
 
-// Rule selects packets by mark.
+// Rule selects packets that the pod sends, by mark and what they are.
 type Rule struct {
 	// Family is unix.AF_INET or unix.AF_INET6.
 	Family   int
 	Priority int
-	Mark     uint32
+	// Mark is compared where Mask has bits.
+	Mark, Mask uint32
+	// Protocol, as unix.IPPROTO_UDP, and the port of the destination; 0 means any.
+	Protocol int
+	Port     uint16
 	// Table is looked up; 0 means that the packet is refused as unreachable.
 	Table int
 }
@@ -93,9 +103,13 @@ func Plan(pod PodConfig) Rules {
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		rules.Rules = append(rules.Rules,
-			Rule{Family: family, Priority: lookupPriority, Mark: netns.RedirectMark, Table: Table},
-			Rule{Family: family, Priority: refusePriority, Mark: netns.RedirectMark},
+			Rule{Family: family, Priority: lookupPriority, Mark: netns.RedirectMark, Mask: wholeMark, Table: Table},
+			Rule{Family: family, Priority: refusePriority, Mark: netns.RedirectMark, Mask: wholeMark},
 		)
+		// Sockets without a mark: the proxy's own have one.
+		rules.DNS = append(rules.DNS, Rule{
+			Family: family, Priority: dnsPriority, Mask: netns.ProxyMarkMask, Protocol: unix.IPPROTO_UDP, Port: dnsPort, Table: Table,
+		})
 		route := Route{Family: family, Table: Table}
 		if family == unix.AF_INET {
 			// Without it the kernel would find no source for an address that is not its own. For IPv6 it looks at all

@@ -29,9 +29,10 @@ func TestPlan(t *testing.T) {
 					{"ipv4/tcp_fwmark_accept", "1", "0"}, {"ipv4/fwmark_reflect", "1", "0"}, {"ipv6/fwmark_reflect", "1", "0"},
 				},
 				Rules: []Rule{
-					{v4, 1, netns.RedirectMark, Table}, {v4, 2, netns.RedirectMark, 0},
-					{v6, 1, netns.RedirectMark, Table}, {v6, 2, netns.RedirectMark, 0},
+					{v4, 1, netns.RedirectMark, wholeMark, 0, 0, Table}, {v4, 2, netns.RedirectMark, wholeMark, 0, 0, 0},
+					{v6, 1, netns.RedirectMark, wholeMark, 0, 0, Table}, {v6, 2, netns.RedirectMark, wholeMark, 0, 0, 0},
 				},
+				DNS:    []Rule{{v4, 3, 0, 0xfff, unix.IPPROTO_UDP, 53, Table}, {v6, 3, 0, 0xfff, unix.IPPROTO_UDP, 53, Table}},
 				Routes: tc.routes,
 			}
 			if diff := cmp.Diff(want, Plan(PodConfig{IPs: tc.ips}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {

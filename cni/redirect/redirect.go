@@ -6,8 +6,10 @@ package redirect
 //  2. Plan (plan.go) decides the rules of the pod's network namespace: sysctls, ip rules, routes; chains (chains.go).
 //  3. Prepare makes them true (apply.go) and gives the proxy a place for its listeners.
 //  4. Ensure attaches the pod's programs. From then on bpf/connect.c marks what the application connects, the rules bring
-//     marked packets to lo, and bpf/lookup.c hands them, and what arrives from outside, to the proxy's listeners.
+//     marked packets to lo, and bpf/lookup.c hands them, and what arrives from outside, to the proxy's listeners. Last come
+//     the rules for DNS, which need no mark.
 //     With nftables it makes the chains (ruleset.go), which give connections to the proxy's ports.
+//  5. What the pod's exclusions (exclusion.go) name is left alone.
 //
 // Next: bpf/connect.c
 
@@ -21,6 +23,7 @@ import (
 	"slices"
 
 	"github.com/fairlead-mesh/fairlead/bpf"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
@@ -46,6 +49,8 @@ type Pod struct {
 	IPs []netip.Addr
 	// Fresh tells that nothing has run in the pod yet, so that there are no connections to spare.
 	Fresh bool
+	// Exclude is what is left out of redirection.
+	Exclude mesh.Exclusions
 }
 
 // backend is one way to redirect. Its methods are those of Redirector, which has looked up the cookie of the pod's network

@@ -3,6 +3,7 @@ package redirect
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 
@@ -11,10 +12,10 @@ import (
 )
 
 // wiresOf finds the host's ends of a pod's interfaces, and names the interfaces that lead out of the pod by other ways,
-// where the guard cannot be.
-func wiresOf(host, pod *os.File) (wires []bpf.Wire, others []string, err error) {
+// where the guard cannot be. Interfaces that the pod's exclusions name are neither.
+func wiresOf(host *os.File, pod Pod) (wires []bpf.Wire, others []string, err error) {
 	var links []netlink.Link
-	err = netns.Do(pod, func() error {
+	err = netns.Do(pod.Netns, func() error {
 		links, err = netlink.LinkList()
 		return err
 	})
@@ -23,12 +24,12 @@ func wiresOf(host, pod *os.File) (wires []bpf.Wire, others []string, err error) 
 	}
 	err = netns.Do(host, func() error {
 		for _, l := range links {
-			if stays(l) {
+			if stays(l) || slices.Contains(pod.Exclude.Interfaces, l.Attrs().Name) {
 				continue
 			}
 			end := hostEnd(l)
 			// Only now: the question for the interface makes the kernel give the namespace an id.
-			nsid, err := netlink.GetNetNsIdByFd(int(pod.Fd()))
+			nsid, err := netlink.GetNetNsIdByFd(int(pod.Netns.Fd()))
 			if err != nil {
 				return fmt.Errorf("identify the pod's network namespace on the host: %w", err)
 			}

@@ -41,7 +41,7 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, trans
 	if network == "tcp" && addr.Addr().Is6() && addr.Addr().IsUnspecified() {
 		v6only = 0
 	}
-	fd, err := socket(ns, addr.Addr())
+	fd, err := socket(ns, addr.Addr(), unix.SOCK_STREAM, unix.IPPROTO_TCP)
 	if err != nil {
 		return fail(err)
 	}
@@ -85,7 +85,7 @@ func Dial(ctx context.Context, ns *os.File, opts DialOptions, dst netip.AddrPort
 	if err := ctx.Err(); err != nil {
 		return fail(err)
 	}
-	fd, err := socket(ns, dst.Addr())
+	fd, err := socket(ns, dst.Addr(), unix.SOCK_STREAM, unix.IPPROTO_TCP)
 	if err != nil {
 		return fail(err)
 	}
@@ -113,14 +113,14 @@ func Dial(ctx context.Context, ns *os.File, opts DialOptions, dst netip.AddrPort
 	return conn.(*net.TCPConn), nil
 }
 
-// socket makes a non-blocking TCP socket of the address's family inside ns.
-func socket(ns *os.File, addr netip.Addr) (fd int, err error) {
+// socket makes a non-blocking socket of the address's family inside ns.
+func socket(ns *os.File, addr netip.Addr, kind, protocol int) (fd int, err error) {
 	family := unix.AF_INET
 	if addr.Is6() {
 		family = unix.AF_INET6
 	}
 	err = Do(ns, func() error {
-		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		fd, err = unix.Socket(family, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol)
 		return os.NewSyscallError("socket", err)
 	})
 	if err != nil {

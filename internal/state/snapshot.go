@@ -14,6 +14,7 @@ type Snapshot struct {
 	workloadsAt trie[mesh.NetworkAddress, []*mesh.Workload]
 	services    trie[mesh.NamespacedHostname, *mesh.Service]
 	servicesAt  trie[mesh.NetworkAddress, []*mesh.Service]
+	byHostname  trie[string, []*mesh.Service]
 	endpoints   trie[mesh.NamespacedHostname, []Endpoint]
 	policies    trie[string, *mesh.Authorization]
 	// global and byNamespace are the policies that apply without being listed by a workload, sorted by key.
@@ -60,6 +61,13 @@ func (s *Snapshot) ServiceAt(a mesh.NetworkAddress) *mesh.Service {
 		return nil
 	}
 	return claims[0]
+}
+
+// ServicesNamed are the services with that hostname, which may be a wildcard as they were given it ("*.example.com"): the
+// canonical one first, then by namespace.
+func (s *Snapshot) ServicesNamed(hostname string) []*mesh.Service {
+	named, _ := s.byHostname.get(hostname)
+	return named
 }
 
 // Endpoints are the workloads of a service, sorted by uid; they may be known before the service itself is.

@@ -43,6 +43,7 @@ func New() *Store {
 		workloadsAt: newTrie[mesh.NetworkAddress, []*mesh.Workload](),
 		services:    newTrie[mesh.NamespacedHostname, *mesh.Service](),
 		servicesAt:  newTrie[mesh.NetworkAddress, []*mesh.Service](),
+		byHostname:  newTrie[string, []*mesh.Service](),
 		endpoints:   newTrie[mesh.NamespacedHostname, []Endpoint](),
 		policies:    newTrie[string, *mesh.Authorization](),
 		byNamespace: newTrie[string, []*mesh.Authorization](),
@@ -155,32 +156,43 @@ func (e *edit) addService(svc *mesh.Service) {
 		e.removeService(old)
 	}
 	e.services.set(e.batch, svc.Key(), svc)
+	claim(e.batch, &e.byHostname, svc.Hostname, svc)
 	for _, a := range svc.Addresses {
-		claims, _ := e.servicesAt.get(a)
-		claims = append(slices.Clip(claims), svc)
-		slices.SortFunc(claims, func(a, b *mesh.Service) int {
-			if a.Canonical != b.Canonical {
-				if a.Canonical {
-					return -1
-				}
-				return 1
-			}
-			return compareServices(a, b)
-		})
-		e.servicesAt.set(e.batch, a, claims)
+		claim(e.batch, &e.servicesAt, a, svc)
 	}
 }
 
 func (e *edit) removeService(svc *mesh.Service) {
 	e.services.remove(e.batch, svc.Key())
+	disclaim(e.batch, &e.byHostname, svc.Hostname, svc)
 	for _, a := range svc.Addresses {
-		claims, _ := e.servicesAt.get(a)
-		left := without(claims, svc)
-		if len(left) == 0 {
-			e.servicesAt.remove(e.batch, a)
-		} else {
-			e.servicesAt.set(e.batch, a, left)
+		disclaim(e.batch, &e.servicesAt, a, svc)
+	}
+}
+
+// claim adds a service to those that have the key: the canonical one first, then by name.
+func claim[K comparable](b *batch, in *trie[K, []*mesh.Service], key K, svc *mesh.Service) {
+	claims, _ := in.get(key)
+	claims = append(slices.Clip(claims), svc)
+	slices.SortFunc(claims, func(a, b *mesh.Service) int {
+		if a.Canonical != b.Canonical {
+			if a.Canonical {
+				return -1
+			}
+			return 1
 		}
+		return compareServices(a, b)
+	})
+	in.set(b, key, claims)
+}
+
+// disclaim takes a service from those that have the key.
+func disclaim[K comparable](b *batch, in *trie[K, []*mesh.Service], key K, svc *mesh.Service) {
+	claims, _ := in.get(key)
+	if left := without(claims, svc); len(left) > 0 {
+		in.set(b, key, left)
+	} else {
+		in.remove(b, key)
 	}
 }
 
