@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -199,5 +201,29 @@ func TestDumpShape(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, any(got)); diff != "" {
 		t.Errorf("dump (-want +got):\n%s", diff)
+	}
+}
+
+// TestReasonsAreDocumented: docs/observability.md has a row for each flag, with its status, and each metric's name.
+func TestReasonsAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../docs/observability.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, _, _ := strings.Cut(string(text), "## Access log of a waypoint")
+	for r := range reasons {
+		if row := fmt.Sprintf("| `%s` | %d |", reasons[r].flag, reasons[r].status); !strings.Contains(own, row) {
+			t.Errorf("no row %q", row)
+		}
+	}
+	for _, c := range counters {
+		if !strings.Contains(string(text), "`"+c.Name+"`") {
+			t.Errorf("no row for metric %s", c.Name)
+		}
+	}
+	for _, l := range []hbone.Limit{limitConnections, hbone.LimitTunnels, hbone.LimitPeerTunnels, hbone.LimitStreams, hbone.LimitBufferedBytes} {
+		if !strings.Contains(string(text), "`"+string(l)+"`") {
+			t.Errorf("no word about limit %s", l)
+		}
 	}
 }

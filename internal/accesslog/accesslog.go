@@ -1,5 +1,5 @@
 // Package accesslog (plumbing) writes one line per connection, when it is over. The keys are those of Istio's node
-// proxy; docs/architecture.md lists what a line may say.
+// proxy; docs/observability.md lists what a line may say.
 package accesslog
 
 import (
