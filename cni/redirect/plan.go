@@ -82,6 +82,9 @@ type Route struct {
 	Source netip.Addr
 }
 
+// migrateRequests lets connections that wait for a listener go to another of the same port when it is closed.
+const migrateRequests = "ipv4/tcp_migrate_req"
+
 // Plan decides the rules of a pod.
 //
 // Both families are always handled, since a pod may have addresses that Kubernetes does not know. The second rule of each
@@ -92,6 +95,11 @@ func Plan(pod PodConfig) Rules {
 	switch pod.Mode {
 	case NFTables:
 		rules.Chains = podChains(pod)
+		rules.Sysctls = []Sysctl{
+			// Two proxies listen on the same ports while one takes over from the other: what the first has not accepted when it
+			// ends goes to the second.
+			{Name: migrateRequests, On: "1", Off: "0"},
+		}
 	default:
 		rules.Sysctls = []Sysctl{
 			// The application's end of a connection from the proxy answers with the mark that it was called with.

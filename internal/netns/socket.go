@@ -47,6 +47,8 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, trans
 	}
 	set := []option{
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1, true},
+		// The successor of this process listens on the same port before this one has ended.
+		{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1, addr.Port() != 0},
 		{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only, addr.Addr().Is6()},
 		{unix.SOL_SOCKET, unix.SO_MARK, int(mark), true},
 		{unix.SOL_IP, unix.IP_TRANSPARENT, 1, transparent},
