@@ -75,7 +75,17 @@ func TestTCPIsAsWithoutAMesh(t *testing.T) {
 		{"from outside", f.legacy, f.v1, false},
 	} {
 		t.Run(r.name, func(t *testing.T) {
-			if diff := cmp.Diff(want, f.converse(r)); diff != "" {
+			want, got := maps.Clone(want), f.converse(r)
+			if r.from == f.legacy && redirection() == nftables {
+				// Both connections would be rewritten to the one port of the proxy; the kernel can keep only one of them.
+				const name = "a source port twice"
+				if got[name] == want[name] {
+					t.Errorf("%s is the same with nftables: %q", name, got[name])
+				}
+				delete(want, name)
+				delete(got, name)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("want (-), in the mesh (+):\n%s", diff)
 			}
 		})
