@@ -29,6 +29,7 @@ import (
 
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
+	"github.com/fairlead-mesh/fairlead/internal/kubescheme"
 	"github.com/fairlead-mesh/fairlead/internal/xds"
 	"github.com/fairlead-mesh/fairlead/istiod-lite/ca"
 	"github.com/fairlead-mesh/fairlead/istiod-lite/deploy"
@@ -150,7 +151,11 @@ func connect(ctx context.Context, cfg Config) (backend, error) {
 
 // connectDirectory makes do without an API: tokens come from a file, keys and statuses go to files.
 func connectDirectory(cfg Config) (backend, error) {
-	dir, err := kubedir.Open(cfg.ConfigDir, cfg.Log)
+	scheme, err := kubescheme.New()
+	if err != nil {
+		return backend{}, err
+	}
+	dir, err := kubedir.Open(cfg.ConfigDir, scheme, cfg.Log)
 	if err != nil {
 		return backend{}, err
 	}

@@ -66,6 +66,7 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&cfg.ZDSSocket, "zds-socket", zds.DefaultSocket, "Unix socket for the node proxy")
 	flags.StringVar(&cfg.RunDir, "run-dir", "/var/run/istio-cni", "where the agent keeps what it must know after a restart")
 	mode := flags.String("redirection", string(redirect.Auto), "how pods' connections are redirected: ebpf, nftables, or auto, which is ebpf where the kernel can do it")
+	flags.StringVar(&cfg.Record, "record", "/var/lib/fairlead-cni/mesh.json", "file on the node's disk that tells the plugin, when no agent answers, which pods need not wait")
 	flags.StringVar(&cfg.BPFFS, "bpffs", bpf.DefaultDir, "directory to pin redirection in; a BPF file system is mounted if it is on none")
 	flags.StringVar(&cfg.Cgroup, "cgroup", "", "cgroup2 directory that all pods and the node proxy run below; empty: the root of the hierarchy")
 	flags.StringVar(&cfg.HostNetns, "host-netns", "/proc/1/ns/net", "network namespace that the kubelet runs in")
@@ -73,7 +74,7 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&cfg.NetnsDir, "netns-dir", "/var/run/netns", "where the container runtime keeps network namespaces")
 	flags.StringVar(&cfg.HealthAddr, "health-addr", ":8000", "address of /healthz and /readyz")
 	flags.StringVar(&cfg.MetricsAddr, "metrics-addr", ":15014", "address of /metrics")
-	flags.StringVar(&cfg.DaemonSet, "daemonset", "", "NAMESPACE/NAME of the agent's DaemonSet: when it is deleted, the agent cleans the node at its end")
+	flags.StringVar(&cfg.DaemonSet, "daemonset", "", "NAMESPACE/NAME of the agent's DaemonSet: when the mesh is withdrawn, the agent cleans the node at its end")
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 8*time.Second, "how long a starting pod waits for the node proxy")
 	flags.StringVar(&o.install.Binary, "plugin", "/usr/local/bin/cni-plugin", "the CNI plugin to install on the node")
 	flags.StringVar(&o.install.BinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime looks for CNI plugins")
@@ -92,7 +93,7 @@ func parse(arguments []string) (o options, err error) {
 		return o, err
 	}
 	cfg.ExcludeNamespaces = strings.FieldsFunc(*exclude, func(r rune) bool { return r == ',' })
-	o.install.EventSocket, o.install.ExcludeNamespaces = cfg.EventSocket, cfg.ExcludeNamespaces
+	o.install.EventSocket, o.install.ExcludeNamespaces, o.install.Record = cfg.EventSocket, cfg.ExcludeNamespaces, cfg.Record
 	return o, nil
 }
 

@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/fairlead-mesh/fairlead/cni/plugin"
@@ -49,6 +50,10 @@ type Config struct {
 	RunDir string
 	// Redirection is how pods' connections are redirected; empty means redirect.Auto.
 	Redirection redirect.Mode
+	// Record is the file on the node's disk that tells the plugin, when it cannot ask, who is in the mesh; empty: none.
+	Record string
+	// Steps is called at each step of taking a pod in or out; nil but in tests, which end the agent there.
+	Steps func(step string)
 	// BPFFS is the directory that redirection is pinned in.
 	BPFFS string
 	// Cgroup is the cgroup2 directory that all pods, and the node proxy, run below; empty means the root.
@@ -65,7 +70,8 @@ type Config struct {
 	CaptureDNS bool
 	// AckTimeout bounds the wait for the proxy to accept a pod.
 	AckTimeout time.Duration
-	// DaemonSet is NAMESPACE/NAME of the agent's own: when it is gone at the agent's end, the node is cleaned.
+	// DaemonSet is NAMESPACE/NAME of the agent's own: when it says at the agent's end that the mesh is withdrawn, the node is
+	// cleaned.
 	DaemonSet string
 	// Ready are further conditions of readiness.
 	Ready []func() error
@@ -123,6 +129,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	}
 	group.Go(func() error { return a.start(ctx) })
 	group.Go(func() error { return a.followAttempts(ctx) })
+	group.Go(func() error { return a.keepMembership(ctx) })
 	log.Info("cni-agent runs", zap.String("node", cfg.NodeName), zap.String("eventSocket", cfg.EventSocket),
 		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("redirection", string(mode)), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
 	err = group.Wait()
@@ -160,7 +167,11 @@ func (a *agent) openCluster(ctx context.Context, group *errgroup.Group) (cluster
 	if a.cfg.ConfigDir == "" {
 		return newAPI(a.cfg.Kubeconfig, a.cfg.NodeName)
 	}
-	dir, err := kubedir.Open(a.cfg.ConfigDir, a.log)
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	dir, err := kubedir.Open(a.cfg.ConfigDir, scheme, a.log)
 	if err != nil {
 		return nil, err
 	}
@@ -249,7 +260,8 @@ func (a *agent) serve(ctx context.Context, group *errgroup.Group) error {
 	return nil
 }
 
-// leave is the agent's end. Everything stays in force, unless the agent's DaemonSet has been deleted.
+// leave is the agent's end. Everything stays in force, also when the agent's DaemonSet has just been deleted, unless that was
+// to withdraw the mesh (cni/install/withdraw.go).
 func (a *agent) leave(c cluster, host *os.File) error {
 	if a.cfg.DaemonSet == "" {
 		return nil
@@ -257,11 +269,11 @@ func (a *agent) leave(c cluster, host *os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()
 	namespace, name := filepath.Split(a.cfg.DaemonSet)
-	gone, err := c.withdrawn(ctx, filepath.Clean(namespace), name)
-	if err != nil || !gone {
+	withdrawn, err := c.withdrawn(ctx, filepath.Clean(namespace), name)
+	if err != nil || !withdrawn {
 		return err
 	}
-	a.log.Info("the agent's DaemonSet is deleted: the node is cleaned")
+	a.log.Info("the mesh is withdrawn: the node is cleaned")
 	if err := a.clean(host); err != nil {
 		return err
 	}
@@ -304,8 +316,11 @@ func (a *agent) clean(host *os.File) error {
 	}
 	errs = append(errs,
 		a.enrol.removeAll(), redirect.Uninstall(redirectConfig(a.cfg, host)), os.RemoveAll(filepath.Join(a.cfg.RunDir, "pods")))
-	for _, socket := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket} {
-		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, path := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket, a.cfg.Record} {
+		if path == "" {
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}

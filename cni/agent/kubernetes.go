@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/fairlead-mesh/fairlead/cni/install"
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
 )
 
@@ -36,7 +37,7 @@ type cluster interface {
 	condition(ctx context.Context, pod *corev1.Pod, c corev1.PodCondition) error
 	// warn attaches an event to the pod.
 	warn(ctx context.Context, pod *corev1.Pod, reason, message string) error
-	// withdrawn tells whether the agent's DaemonSet is being deleted, or is gone already.
+	// withdrawn tells whether the agent's DaemonSet says that the mesh is withdrawn from the nodes.
 	withdrawn(ctx context.Context, namespace, name string) (bool, error)
 }
 
@@ -151,7 +152,7 @@ func (a *api) withdrawn(ctx context.Context, namespace, name string) (bool, erro
 	body, err := a.core.Get().AbsPath("/apis/apps/v1/namespaces", namespace, "daemonsets", name).
 		SetHeader("Accept", runtime.ContentTypeJSON).Do(ctx).Raw()
 	if apierrors.IsNotFound(err) {
-		return true, nil
+		return false, nil // deleted by somebody who did not say that pods are to leave the mesh
 	}
 	if err != nil {
 		return false, fmt.Errorf("look up DaemonSet %s/%s: %w", namespace, name, err)
@@ -160,7 +161,7 @@ func (a *api) withdrawn(ctx context.Context, namespace, name string) (bool, erro
 	if err := json.Unmarshal(body, &set); err != nil {
 		return false, fmt.Errorf("decode DaemonSet %s/%s: %w", namespace, name, err)
 	}
-	return set.DeletionTimestamp != nil, nil
+	return set.Annotations[install.WithdrawAnnotation] != "", nil
 }
 
 // directory is a directory of YAML files. Nobody reads annotations or events there, so they go to the log.

@@ -78,6 +78,7 @@ func TestAPIRequests(t *testing.T) {
 		"PATCH /api/v1/namespaces/app/pods/web/status":                       podBody,
 		"GET /apis/apps/v1/namespaces/istio-system/daemonsets/there":         `{"metadata":{"name":"there"}}`,
 		"GET /apis/apps/v1/namespaces/istio-system/daemonsets/being-deleted": `{"metadata":{"deletionTimestamp":"2026-01-01T00:00:00Z"}}`,
+		"GET /apis/apps/v1/namespaces/istio-system/daemonsets/withdrawn":     `{"metadata":{"annotations":{"fairlead-mesh.io/withdraw":"true"}}}`,
 	})
 	ctx := t.Context()
 	pod, err := a.pod(ctx, "app", "web")
@@ -99,7 +100,7 @@ func TestAPIRequests(t *testing.T) {
 	if err := a.annotate(ctx, gone, true); err != nil {
 		t.Errorf("annotate a pod that is gone: %v", err)
 	}
-	for name, want := range map[string]bool{"there": false, "being-deleted": true, "deleted": true} {
+	for name, want := range map[string]bool{"there": false, "being-deleted": false, "deleted": false, "withdrawn": true} {
 		if got, err := a.withdrawn(ctx, "istio-system", name); err != nil || got != want {
 			t.Errorf("DaemonSet %s withdrawn: %v, %v", name, got, err)
 		}

@@ -31,7 +31,7 @@ const (
 	// recheck is how often the node is looked at even when no change was reported.
 	recheck = 30 * time.Second
 	// settle is how long Run waits after a change: who rewrites a configuration rarely does it in one step.
-	settle = 50 * time.Millisecond
+	settle = 5 * time.Millisecond
 	// replaced is added to the name of a single-plugin configuration that a list took the place of; runtimes do not
 	// read files of that name.
 	replaced = ".fairlead-replaced"
@@ -46,6 +46,8 @@ type Config struct {
 	ConfDir string
 	// EventSocket is the agent's socket as the plugin, which runs on the host, sees it; empty: the plugin's default.
 	EventSocket string
+	// Record is the agent's record of the mesh as the plugin sees it; empty: there is none.
+	Record string
 	// ExcludeNamespaces are those whose pods start without the agent.
 	ExcludeNamespaces []string
 	Log               *zap.Logger
@@ -189,8 +191,9 @@ func configEntry(cfg Config) ([]byte, error) {
 	return json.Marshal(struct {
 		Type              string   `json:"type"`
 		EventSocket       string   `json:"eventSocket,omitempty"`
+		Record            string   `json:"record,omitempty"`
 		ExcludeNamespaces []string `json:"excludeNamespaces,omitempty"`
-	}{plugin.Type, cfg.EventSocket, cfg.ExcludeNamespaces})
+	}{plugin.Type, cfg.EventSocket, cfg.Record, cfg.ExcludeNamespaces})
 }
 
 var errNoConfiguration = errors.New("no CNI configuration yet: the cluster's network plugin is not installed")

@@ -12,12 +12,18 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// Withdraw deletes the agent's DaemonSet and waits, until ctx ends, for its pods to be gone: each cleans its node on the
+// WithdrawAnnotation on the agent's DaemonSet tells its pods, when they end, to clean their nodes. A DaemonSet that is
+// merely deleted leaves pods of the mesh as they are: captured, and refused once the node proxy is gone too.
+const WithdrawAnnotation = "fairlead-mesh.io/withdraw"
+
+// Withdraw marks and deletes the agent's DaemonSet and waits, until ctx ends, for its pods to be gone: each cleans its node on the
 // way out. It is run before the chart is uninstalled, because an agent whose permissions are deleted together with it
 // could no longer tell that from a restart. It returns the nodes that did not answer in time.
 func Withdraw(ctx context.Context, kubeconfig, namespace, name string, log *zap.Logger) (left []string, err error) {
@@ -30,7 +36,9 @@ func Withdraw(ctx context.Context, kubeconfig, namespace, name string, log *zap.
 	if err != nil {
 		return nil, fmt.Errorf("configure the Kubernetes client: %w", err)
 	}
-	config.NegotiatedSerializer = scheme.Codecs.WithoutConversion()
+	// Without any types: those of all groups would be most of the agent's memory, which is the same program.
+	config.NegotiatedSerializer = serializer.NewCodecFactory(runtime.NewScheme()).WithoutConversion()
+	config.ContentType = runtime.ContentTypeJSON
 	client, err := rest.UnversionedRESTClientFor(config)
 	if err != nil {
 		return nil, err
@@ -47,15 +55,24 @@ func withdraw(ctx context.Context, client rest.Interface, namespace, name string
 	if err != nil {
 		return nil, fmt.Errorf("look up DaemonSet %s/%s: %w", namespace, name, err)
 	}
-	// In the background: the pods' own deletion follows when the DaemonSet has gone.
-	if err := client.Delete().AbsPath(path).Do(ctx).Error(); err != nil && !apierrors.IsNotFound(err) {
+	mark := []byte(`{"metadata":{"annotations":{"` + WithdrawAnnotation + `":"true"}}}`)
+	if err := client.Patch(types.MergePatchType).AbsPath(path).Body(mark).Do(ctx).Error(); err != nil {
+		return nil, fmt.Errorf("mark DaemonSet %s/%s as withdrawn: %w", namespace, name, err)
+	}
+	// In the foreground: the DaemonSet stays, for its pods to read, until they have gone.
+	foreground := []byte(`{"kind":"DeleteOptions","apiVersion":"v1","propagationPolicy":"Foreground"}`)
+	if err := client.Delete().AbsPath(path).Body(foreground).Do(ctx).Error(); err != nil && !apierrors.IsNotFound(err) {
 		return nil, fmt.Errorf("delete DaemonSet %s/%s: %w", namespace, name, err)
 	}
 	log.Info("deleted the agents; each cleans its node", zap.String("daemonset", namespace+"/"+name))
 	var left []string
 	for {
-		var pods corev1.PodList
-		err := client.Get().AbsPath("/api/v1/namespaces", namespace, "pods").Param("labelSelector", selector).Do(ctx).Into(&pods)
+		var pods struct{ Items []corev1.Pod }
+		body, err := client.Get().AbsPath("/api/v1/namespaces", namespace, "pods").Param("labelSelector", selector).
+			SetHeader("Accept", runtime.ContentTypeJSON).Do(ctx).Raw()
+		if err == nil {
+			err = json.Unmarshal(body, &pods)
+		}
 		switch {
 		case err == nil && len(pods.Items) == 0:
 			return nil, nil

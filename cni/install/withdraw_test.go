@@ -11,7 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
-	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
 )
 
@@ -45,7 +46,7 @@ func apiServer(t *testing.T, stays bool) (rest.Interface, func() []string) {
 	}))
 	t.Cleanup(server.Close)
 	client, err := rest.UnversionedRESTClientFor(&rest.Config{
-		Host: server.URL, ContentConfig: rest.ContentConfig{NegotiatedSerializer: scheme.Codecs.WithoutConversion()},
+		Host: server.URL, ContentConfig: rest.ContentConfig{NegotiatedSerializer: serializer.NewCodecFactory(runtime.NewScheme()).WithoutConversion()},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -65,8 +66,8 @@ func TestWithdraw(t *testing.T) {
 		left  []string
 		calls []string
 	}{
-		{"all nodes clean", "cni", false, nil, []string{"DELETE"}},
-		{"a node does not answer", "cni", true, []string{"node2"}, []string{"DELETE"}},
+		{"all nodes clean", "cni", false, nil, []string{"PATCH", "DELETE"}},
+		{"a node does not answer", "cni", true, []string{"node2"}, []string{"PATCH", "DELETE"}},
 		{"gone already", "other", false, nil, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

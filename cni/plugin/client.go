@@ -12,7 +12,10 @@ import (
 )
 
 // agentError is the agent's own word that it could not do what was asked.
-type agentError struct{ text string }
+type agentError struct {
+	status int
+	text   string
+}
 
 func (e *agentError) Error() string { return e.text }
 
@@ -54,7 +57,7 @@ func call(conf Conf, method, path string, body []byte, answer any) error {
 		return fmt.Errorf("read the agent's answer: %w", err)
 	}
 	if response.StatusCode != http.StatusOK {
-		return &agentError{strings.TrimSpace(string(text))}
+		return &agentError{response.StatusCode, strings.TrimSpace(string(text))}
 	}
 	if answer == nil {
 		return nil

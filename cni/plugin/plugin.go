@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"slices"
 	"time"
@@ -28,6 +29,9 @@ type Conf struct {
 	// ExcludeNamespaces are namespaces whose pods start without the agent being asked: those that the agent and what it
 	// needs run in.
 	ExcludeNamespaces []string `json:"excludeNamespaces,omitempty"`
+	// Record is the file in which the agent keeps who is in the mesh, for when it cannot be asked; empty: all pods wait
+	// for the agent then.
+	Record string `json:"record,omitempty"`
 	// TimeoutSeconds bounds one question to the agent; 20 when 0.
 	TimeoutSeconds int `json:"timeoutSeconds,omitempty"`
 }
@@ -62,7 +66,7 @@ func add(args *skel.CmdArgs) error {
 		return err
 	}
 	if concerns(conf, event) {
-		if _, err := ask(conf, AddPath, event); err != nil {
+		if _, err := ask(conf, AddPath, event); err != nil && !outside(conf, event, err) {
 			return refuse(event, err)
 		}
 	}
@@ -174,6 +178,19 @@ func describe(args *skel.CmdArgs, conf Conf) (Event, error) {
 // namespaces, are none of its business.
 func concerns(conf Conf, event Event) bool {
 	return event.PodName != "" && event.PodNamespace != "" && !slices.Contains(conf.ExcludeNamespaces, event.PodNamespace)
+}
+
+// outside tells whether a pod that the agent could not answer for is known to be none of the mesh's.
+func outside(conf Conf, event Event, err error) bool {
+	var answered *agentError
+	if errors.As(err, &answered) && answered.status != http.StatusServiceUnavailable {
+		return false
+	}
+	if conf.Record == "" {
+		return false
+	}
+	record, ok, err := ReadRecord(conf.Record)
+	return err == nil && ok && record.Outside(event.PodNamespace, event.PodUID)
 }
 
 // refuse puts what went wrong into words for someone who reads the pod's events.

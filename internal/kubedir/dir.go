@@ -83,12 +83,9 @@ type event struct {
 }
 
 // Open reads the directory once, so that lists are complete from the start; Run keeps it current. The directory must
-// exist; files in it that are invalid are logged and do not fail Open.
-func Open(path string, log *zap.Logger) (*Dir, error) {
-	scheme, err := NewScheme()
-	if err != nil {
-		return nil, err
-	}
+// exist; files in it that are invalid are logged and do not fail Open. Objects of groups that scheme does not know are passed
+// over.
+func Open(path string, scheme *runtime.Scheme, log *zap.Logger) (*Dir, error) {
 	d := &Dir{path: path, scheme: scheme, log: log, files: map[string]file{}, kinds: map[schema.GroupVersionKind]*kind{}}
 	if err := d.reload(); err != nil {
 		return nil, fmt.Errorf("open configuration directory: %w", err)
@@ -96,7 +93,7 @@ func Open(path string, log *zap.Logger) (*Dir, error) {
 	return d, nil
 }
 
-// ListerWatcher lists and watches the objects of obj's type, which must be one that NewScheme knows; for another kind
+// ListerWatcher lists and watches the objects of obj's type, which must be one that the scheme knows; for another kind
 // every list fails. Selectors are not served: a caller filters.
 func (d *Dir) ListerWatcher(obj runtime.Object) cache.ListerWatcher {
 	gvks, _, err := d.scheme.ObjectKinds(obj)

@@ -13,8 +13,11 @@ import (
 	istiosecurity "istio.io/client-go/pkg/apis/security/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/fairlead-mesh/fairlead/internal/kubescheme"
 )
 
 const twoPods = `# a comment
@@ -89,7 +92,7 @@ func TestInformerFollowsDirectory(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "z.yaml", twoPods)
 	core, logs := observer.New(zap.WarnLevel)
-	d, err := Open(dir, zap.New(core))
+	d, err := Open(dir, scheme(t), zap.New(core))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,11 +130,17 @@ func TestInformerFollowsDirectory(t *testing.T) {
 	wait("default/a@a2")
 }
 
-func TestParseFile(t *testing.T) {
-	scheme, err := NewScheme()
+func scheme(t *testing.T) *runtime.Scheme {
+	t.Helper()
+	s, err := kubescheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s
+}
+
+func TestParseFile(t *testing.T) {
+	scheme := scheme(t)
 	tests := []struct {
 		name, text string
 		want       []string
@@ -180,7 +189,7 @@ func TestDuplicateCountsOnce(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "1.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: a, labels: {app: first}}\n")
 	write(t, dir, "2.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: a, labels: {app: second}}\n")
-	d, err := Open(dir, zap.NewNop())
+	d, err := Open(dir, scheme(t), zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,7 +204,7 @@ func TestDuplicateCountsOnce(t *testing.T) {
 func TestWatchVersions(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "1.yaml", twoPods)
-	d, err := Open(dir, zap.NewNop())
+	d, err := Open(dir, scheme(t), zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +230,7 @@ func TestWatchVersions(t *testing.T) {
 
 // Every kind the mesh reads must be listable.
 func TestKinds(t *testing.T) {
-	d, err := Open(t.TempDir(), zap.NewNop())
+	d, err := Open(t.TempDir(), scheme(t), zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,32 +8,13 @@ import (
 	"strconv"
 	"strings"
 
-	istionetworking "istio.io/client-go/pkg/apis/networking/v1"
-	istiosecurity "istio.io/client-go/pkg/apis/security/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
-	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
-	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
 	strictjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
-
-// NewScheme knows the kinds that a directory may hold: those of Kubernetes, of the Gateway API and of Istio's security
-// and networking groups.
-func NewScheme() (*runtime.Scheme, error) {
-	s := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{
-		clientgoscheme.AddToScheme, gatewayv1.Install, gatewayv1beta1.Install, istiosecurity.AddToScheme, istionetworking.AddToScheme,
-	} {
-		if err := add(s); err != nil {
-			return nil, fmt.Errorf("build scheme: %w", err)
-		}
-	}
-	return s, nil
-}
 
 // object is one parsed object and where it stands in its file.
 type object struct {

@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
+	"github.com/fairlead-mesh/fairlead/internal/kubescheme"
 )
 
 // origin is a directory whose custom kinds come and go as a test says.
@@ -97,7 +98,11 @@ func open(t *testing.T) (Directory, string) {
 	if err := os.WriteFile(file, []byte(objects), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	d, err := kubedir.Open(dir, zap.NewNop())
+	scheme, err := kubescheme.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := kubedir.Open(dir, scheme, zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
+	"github.com/fairlead-mesh/fairlead/internal/kubescheme"
 )
 
 var update = flag.Bool("update", false, "rewrite the wanted output in testdata")
@@ -66,7 +67,11 @@ func open(t *testing.T, yaml []byte) *kubedir.Dir {
 		t.Fatal(err)
 	}
 	core, logs := observer.New(zap.ErrorLevel)
-	d, err := kubedir.Open(dir, zap.New(core))
+	scheme, err := kubescheme.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := kubedir.Open(dir, scheme, zap.New(core))
 	if err != nil {
 		t.Fatal(err)
 	}

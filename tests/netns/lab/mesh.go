@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
 	"io"
 	"io/fs"
 	"net"
@@ -153,7 +154,7 @@ func (n *Node) StartAgent(ctx context.Context) error {
 func (n *Node) agentFlags() []string {
 	return []string{
 		"--config-dir=" + n.world.objects.dir, "--node-name=" + n.Name, "--cgroup=" + n.cgroup, "--host-netns=/proc/self/ns/net",
-		"--plugin=" + filepath.Join(n.world.opts.Bin, "cni-plugin"), "--redirection=" + n.world.opts.Redirection, "--cni-bin-dir=" + n.cniBin(), "--cni-conf-dir=" + n.cniConf(),
+		"--record=" + n.record(), "--plugin=" + filepath.Join(n.world.opts.Bin, "cni-plugin"), "--redirection=" + n.world.opts.Redirection, "--cni-bin-dir=" + n.cniBin(), "--cni-conf-dir=" + n.cniConf(),
 	}
 }
 
@@ -178,6 +179,26 @@ func (n *Node) Uninstall(ctx context.Context) error {
 		return fmt.Errorf("cni-agent uninstall: %v; %s", p.cmd.ProcessState, p.tail())
 	}
 	return nil
+}
+
+func (n *Node) record() string { return filepath.Join(n.dir, "mesh.json") }
+
+// HasRecord tells whether the agent has noted on the node's disk that a namespace is in the mesh.
+func (n *Node) HasRecord(namespace string) error {
+	r, _, err := plugin.ReadRecord(n.record())
+	if err == nil && r.Outside(namespace, "") {
+		err = fmt.Errorf("namespace %s is not in it", namespace)
+	}
+	return err
+}
+
+// HasPlugin tells whether the mesh's plugin is in the node's CNI configuration.
+func (n *Node) HasPlugin() error {
+	files, err := n.CNIFiles()
+	if err == nil && !strings.Contains(files, `"type":"`+plugin.Type+`"`) {
+		err = fmt.Errorf("no %s in %s", plugin.Type, files)
+	}
+	return err
 }
 
 // CNIFiles are the node's CNI configuration and the names of its plugins.

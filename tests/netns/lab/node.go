@@ -74,6 +74,11 @@ func (n *Node) makeFiles() error {
 			return err
 		}
 	}
+	return n.RewriteCNI()
+}
+
+// RewriteCNI writes the node's CNI configuration as it was before anybody else came.
+func (n *Node) RewriteCNI() error {
 	conf, err := json.MarshalIndent(map[string]any{
 		"cniVersion": "1.0.0", "name": "lab",
 		"plugins": []any{map[string]any{"type": wirePlugin, "results": n.cniResults()}},

@@ -116,6 +116,9 @@ func (p *Pod) create(ctx context.Context) error {
 	return nil
 }
 
+// Do calls f in the pod's network namespace, as a process of the pod with all capabilities could.
+func (p *Pod) Do(f func() error) error { return p.thread.do(f) }
+
 // startApplication starts the program that serves and calls.
 func (p *Pod) startApplication(context.Context) error {
 	n := p.node

@@ -1,0 +1,99 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
+)
+
+// recordEvery bounds how long the record of the mesh on disk is behind.
+const recordEvery = 250 * time.Millisecond
+
+// keepMembership writes who is in the mesh to the node's disk whenever it has changed, until ctx ends. The CNI plugin reads
+// it when there is no agent to ask.
+func (a *agent) keepMembership(ctx context.Context) error {
+	if a.cfg.Record == "" {
+		return nil
+	}
+	written, _ := os.ReadFile(a.cfg.Record)
+	failed := false
+	for {
+		if a.started.Load() {
+			text, err := json.Marshal(a.watch.membership())
+			if err == nil && !bytes.Equal(text, written) {
+				if err = writeDurably(a.cfg.Record, text); err == nil {
+					written = text
+				}
+			}
+			if err != nil && !failed {
+				a.log.Error("the record of the mesh is not written: after a reboot pods may wait that need not", zap.Error(err))
+			}
+			failed = err != nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(recordEvery):
+		}
+	}
+}
+
+// membership is who is in the mesh now. A namespace counts as the mesh's when one of its pods is for itself: of a pod of it
+// that nobody has seen yet, only the API server knows.
+func (w *watcher) membership() plugin.Record {
+	r := plugin.Record{Namespaces: []string{}, Pods: map[string]bool{}}
+	labelled := map[string]*corev1.Namespace{}
+	for _, object := range w.namespaces.List() {
+		namespace := object.(*corev1.Namespace)
+		labelled[namespace.Name] = namespace
+		if namespace.Labels[modeLabel] == modeAmbient && !slices.Contains(w.exclude, namespace.Name) {
+			r.Namespaces = append(r.Namespaces, namespace.Name)
+		}
+	}
+	for _, object := range w.pods.List() {
+		pod := object.(*corev1.Pod)
+		member := decide(pod, labelled[pod.Namespace], w.exclude).enrol
+		for _, uid := range []string{string(pod.UID), pod.Annotations[mirrorAnnotation]} {
+			if uid != "" {
+				r.Pods[uid] = member
+			}
+		}
+		if member && !slices.Contains(r.Namespaces, pod.Namespace) {
+			r.Namespaces = append(r.Namespaces, pod.Namespace)
+		}
+	}
+	slices.Sort(r.Namespaces)
+	return r
+}
+
+// writeDurably replaces a file as a whole, so that it is there after a power cut.
+func writeDurably(path string, content []byte) error {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("write the record of the mesh: %w", err)
+	}
+	f, err := os.CreateTemp(dir, ".new-")
+	if err != nil {
+		return fmt.Errorf("write the record of the mesh: %w", err)
+	}
+	defer os.Remove(f.Name()) // after the rename there is none of that name
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return fmt.Errorf("write the record of the mesh: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,60 @@
+package agent
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
+)
+
+func TestMembership(t *testing.T) {
+	w := &watcher{exclude: []string{"system"}, pods: cache.NewStore(cache.MetaNamespaceKeyFunc), namespaces: cache.NewStore(cache.MetaNamespaceKeyFunc)}
+	for name, mode := range map[string]string{"shop": modeAmbient, "legacy": "", "mixed": "", "system": modeAmbient} {
+		w.namespaces.Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{modeLabel: mode}}})
+	}
+	for _, p := range []struct{ namespace, name, mode, mirror string }{
+		{"shop", "in", "", ""}, {"shop", "out", modeNone, ""}, {"shop", "static", "", "hash-of-file"}, {"legacy", "other", "", ""},
+		{"mixed", "single", modeAmbient, ""}, {"system", "agent", "", ""},
+	} {
+		meta := metav1.ObjectMeta{Namespace: p.namespace, Name: p.name, UID: types.UID("uid-" + p.name), Labels: map[string]string{}, Annotations: map[string]string{}}
+		if p.mode != "" {
+			meta.Labels[modeLabel] = p.mode
+		}
+		if p.mirror != "" {
+			meta.Annotations[mirrorAnnotation] = p.mirror
+		}
+		w.pods.Add(&corev1.Pod{ObjectMeta: meta})
+	}
+	want := plugin.Record{Namespaces: []string{"mixed", "shop"}, Pods: map[string]bool{
+		"uid-in": true, "uid-out": false, "uid-static": true, "hash-of-file": true, "uid-other": false, "uid-single": true, "uid-agent": false,
+	}}
+	if diff := cmp.Diff(want, w.membership()); diff != "" {
+		t.Errorf("record (-want +got):\n%s", diff)
+	}
+}
+
+func TestRecordIsReplacedAsAWhole(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "new", "mesh.json")
+	for _, text := range []string{`{"Namespaces":["a"]}`, `{"Namespaces":["b"]}`} {
+		if err := writeDurably(path, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, ok, err := plugin.ReadRecord(path)
+	if err != nil || !ok || !cmp.Equal(r.Namespaces, []string{"b"}) {
+		t.Errorf("%+v, %v, %v", r, ok, err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info, err)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+}
