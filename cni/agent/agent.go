@@ -53,7 +53,7 @@ type Config struct {
 	// Record is the file on the node's disk that tells the plugin, when it cannot ask, who is in the mesh; empty: none.
 	Record string
 	// Steps is called at each step of taking a pod in or out; nil but in tests, which end the agent there.
-	Steps func(step string)
+	Steps func(step string) `json:"-"`
 	// BPFFS is the directory that redirection is pinned in.
 	BPFFS string
 	// Cgroup is the cgroup2 directory that all pods, and the node proxy, run below; empty means the root.
@@ -159,6 +159,7 @@ func newEnroller(cfg Config, log *zap.Logger, redirector *redirect.Redirector, h
 	return &enroller{
 		log: log, redirector: redirector, proxies: zds.NewServer(log), records: recs, metrics: newMetrics(),
 		finder:     finder{proc: cfg.Proc, dir: cfg.NetnsDir, host: cookie},
+		steps:      cfg.Steps,
 		ackTimeout: cfg.AckTimeout, turns: map[string]*turn{}, acked: map[string]bool{},
 	}, nil
 }

@@ -25,6 +25,8 @@ type enroller struct {
 	records    *records
 	finder     finder
 	metrics    *metrics
+	// steps is Config.Steps.
+	steps func(step string)
 	// ackTimeout bounds the wait for the proxy.
 	ackTimeout time.Duration
 
@@ -37,6 +39,13 @@ type enroller struct {
 type turn struct {
 	sync.Mutex
 	users int
+}
+
+// at tells a test which step is reached.
+func (e *enroller) at(step string) {
+	if e.steps != nil {
+		e.steps(step)
+	}
 }
 
 // take waits for the pod's turn; the returned function ends it.
@@ -65,6 +74,7 @@ func (e *enroller) take(uid string) func() {
 func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	defer e.take(rec.UID)()
 	began := time.Now()
+	e.at("start: asked")
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}
@@ -72,9 +82,11 @@ func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
 	e.metrics.redirected.Observe(time.Since(began).Seconds())
+	e.at("start: redirected")
 	if err := e.announce(ctx, rec, ns); err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
+	e.at("start: accepted")
 	e.log.Info("pod starts in the mesh", zap.String("pod", rec.pod()), zap.String("uid", rec.UID),
 		zap.Uint64("netns", rec.Cookie), zap.Duration("took", time.Since(began)))
 	return nil
@@ -125,17 +137,21 @@ func (e *enroller) capture(ctx context.Context, rec record, late bool, uids ...s
 		}
 		rec.Redirected = false
 	}
+	e.at("capture: found")
 	var announced error
 	if !rec.Redirected && !late {
 		if rec.Cookie, err = e.redirector.Prepare(ctx, rec.target(ns)); err != nil {
 			return err
 		}
+		e.at("capture: prepared")
 		announced = e.announce(ctx, rec, ns)
+		e.at("capture: announced")
 	}
 	was := rec.Redirected
 	if err := e.redirect(ctx, &rec, ns, false); err != nil {
 		return err
 	}
+	e.at("capture: redirected")
 	if err := e.redirector.Admit(rec.UID); err != nil {
 		return err
 	}
@@ -158,6 +174,11 @@ func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File, fresh
 	rec.Cookie, rec.Redirected, rec.Routed = cookie, true, true
 	if err := e.records.put(*rec); err != nil {
 		return err
+	}
+	if fresh {
+		e.at("start: recorded")
+	} else {
+		e.at("capture: recorded")
 	}
 	target := rec.target(ns)
 	target.Fresh = fresh
@@ -236,9 +257,11 @@ func (e *enroller) withdraw(ctx context.Context, rec record) error {
 	if err := e.unredirect(rec); err != nil {
 		return err
 	}
+	e.at("withdraw: released")
 	if err := e.unannounce(ctx, rec.UID); err != nil {
 		return err
 	}
+	e.at("withdraw: unannounced")
 	rec.Redirected = false
 	return e.records.put(rec)
 }
@@ -258,9 +281,11 @@ func (e *enroller) forget(ctx context.Context, uid, containerID string) error {
 			return err
 		}
 	}
+	e.at("forget: released")
 	if err := e.unannounce(ctx, uid); err != nil {
 		return err
 	}
+	e.at("forget: unannounced")
 	return e.records.remove(uid)
 }
 
