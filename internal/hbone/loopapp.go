@@ -63,6 +63,7 @@ func (t *loopTunnel) attach(s *Stream, fd int, done func(relay.Result)) {
 	s.app = a
 	if ended == io.EOF {
 		a.inEnd, ended = true, nil
+		a.outEnd = over // the peer wants none of this side's bytes
 	}
 	if over && ended != nil {
 		a.finish(ended, true)

@@ -399,6 +399,10 @@ func (t *loopTunnel) peerReset(s *Stream, code uint32) {
 		t.w.fedApp(a)
 		return
 	}
+	if s.app == nil && s.complete(code) {
+		s.end(nil)
+		return
+	}
 	t.endStream(s, resetBy(code))
 }
 

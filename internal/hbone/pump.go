@@ -109,6 +109,14 @@ func (s *Stream) end(err error) {
 	}
 }
 
+// complete tells whether the peer's reset says only that it wants no more of this side's bytes: it has sent all of its own
+// (RFC 9113 §8.1).
+func (s *Stream) complete(code uint32) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return code == machine.CodeNo && s.rerr == io.EOF
+}
+
 // takeCut says that a reset is wanted, once, and with which code.
 func (s *Stream) takeCut() (code uint32, cut bool) {
 	s.mu.Lock()

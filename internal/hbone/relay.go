@@ -56,6 +56,9 @@ func copyUp(s *Stream, app *net.TCPConn, buffers *sync.Pool) error {
 		if n > 0 {
 			_, werr := s.Write((*buf)[:n])
 			buffers.Put(buf)
+			if errors.Is(werr, ErrClosed) {
+				return nil // the peer wants no more; copyDown may still have bytes of it
+			}
 			if werr != nil {
 				resetApp(app)
 				return werr
@@ -63,7 +66,10 @@ func copyUp(s *Stream, app *net.TCPConn, buffers *sync.Pool) error {
 			continue
 		}
 		if err == nil {
-			return s.CloseWrite()
+			if err := s.CloseWrite(); !errors.Is(err, ErrClosed) {
+				return err
+			}
+			return nil
 		}
 		s.mu.Lock()
 		ended := s.werr

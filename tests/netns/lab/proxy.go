@@ -44,7 +44,7 @@ func (w *World) Workloads(text string, inMesh ...*Pod) (string, error) {
 	b.WriteString("workloads:\n")
 	for _, p := range inMesh {
 		fmt.Fprintf(&b, "- uid: Kubernetes//Pod/%[2]s/%[1]s\n  name: %[1]s\n  namespace: %[2]s\n  serviceAccount: %[3]s\n"+
-			"  workloadIps: [%[4]q, %[5]q]\n  protocol: HBONE\n  node: %[6]s\n  network: \"\"\n  services: {}\n",
+			"  trustDomain: cluster.local\n  workloadIps: [%[4]q, %[5]q]\n  protocol: HBONE\n  node: %[6]s\n  network: \"\"\n  services: {}\n",
 			p.Name, p.Namespace, p.ServiceAccount, p.Addrs[0], p.Addrs[1], p.node.Name)
 	}
 	b.WriteString(text)

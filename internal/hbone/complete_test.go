@@ -1,0 +1,76 @@
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+
+	"github.com/fairlead-mesh/fairlead/internal/relay"
+)
+
+// TestPeerWantsNoMore: a server that has sent all and stops reading (END_STREAM, then RST_STREAM with NO_ERROR) has not
+// taken anything back: Read and a relay give all of its bytes and an orderly end, also when the relay begins late.
+func TestPeerWantsNoMore(t *testing.T) {
+	drivers(t, func(t *testing.T, client, _ Driver) {
+		ccfg, scfg := identity(t)
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		body := pattern(1, 200_000)
+		go accept(ln, func(c *net.TCPConn) {
+			tc := tls.Server(c, scfg)
+			if tc.Handshake() != nil {
+				return
+			}
+			(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(200)
+				w.Write(body)
+			})})
+		})
+		pool := NewPool(PoolConfig{Driver: client})
+		defer pool.Close()
+		open := func() *Stream {
+			s, err := pool.Open(t.Context(), dialKey(ln.Addr()), func(context.Context) (net.Conn, *tls.Config, error) {
+				c, err := net.Dial("tcp", ln.Addr().String())
+				return c, ccfg, err
+			}, Request{Authority: "a:1"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		over := func(s *Stream) func() bool {
+			return func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.over }
+		}
+		s := open()
+		await(t, "the end of the stream", over(s))
+		if got, err := io.ReadAll(s); err != nil || string(got) != string(body) {
+			t.Errorf("read %d bytes, %v", len(got), err)
+		}
+		for _, late := range []bool{false, true} {
+			s := open()
+			if late {
+				await(t, "the end of the stream", over(s))
+			}
+			app, far := tcpPair(t)
+			done := make(chan relay.Result, 1)
+			s.Relay(far, func(r relay.Result) { done <- r })
+			app.SetDeadline(time.Now().Add(20 * time.Second))
+			if got, err := io.ReadAll(app); err != nil || string(got) != string(body) {
+				t.Errorf("late %v: the application got %d bytes, %v", late, len(got), err)
+			}
+			app.Close()
+			if r := <-done; r.Err != nil || r.Received != int64(len(body)) {
+				t.Errorf("late %v: %+v", late, r)
+			}
+		}
+	})
+}
