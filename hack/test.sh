@@ -27,6 +27,7 @@ if [ "$(id -u)" = 0 ]; then
 	export FAIRLEAD_REQUIRE_ALL=${FAIRLEAD_REQUIRE_ALL:-1}
 	groups=(demo)
 	[[ " ${parts[*]} " != *" e2e "* && " ${parts[*]} " != *" ways "* ]] || groups+=(cluster)
+	[[ " ${parts[*]} " != *" netns "* ]] || groups+=(interop)
 	hack/prereq.sh "${groups[@]}" || exit 1
 elif [ "${parts[*]}" != unit ]; then
 	echo "test.sh: ${parts[*]}: root is needed; unit tests run without: make test-unit" >&2
@@ -40,7 +41,7 @@ unit() {
 		tools=$(hack/cluster.sh build | tee /dev/stderr | tail -n 1) || return 1
 		PATH=$PATH:$tools
 	fi
-	packages=$(go list ./... | grep -v -e /tests/netns -e /tests/e2e) || return 1
+	packages=$(go list ./... | grep -v -e /tests/netns -e /tests/interop -e /tests/e2e) || return 1
 	# shellcheck disable=SC2086 # a list of packages
 	go test ${RACE:+-race} "${args[@]}" $packages && (cd hack/cluster && go test "${args[@]}" ./...)
 }
@@ -52,6 +53,9 @@ netns() {
 		echo "redirection by $mode"
 		FAIRLEAD_REDIRECTION=$mode go test -count=1 -timeout 15m "${args[@]}" ./tests/netns/... || return 1
 	done
+	ENVOY=$(hack/envoy.sh) || return 1
+	[ -n "${PEER_ZTUNNEL:-}" ] || echo "PEER_ZTUNNEL is not set: nothing is tried with Istio's ztunnel"
+	ENVOY=$ENVOY go test -count=1 -timeout 15m "${args[@]}" ./tests/interop
 }
 
 e2e() { on_cluster "${args[@]}"; }
