@@ -36,8 +36,18 @@ type Config struct {
 	FakeCA bool
 	// FakeCADir holds the root that proxies with self-made certificates share; empty: a root of this process.
 	FakeCADir string
-	// LocalXDSPath is a file that takes the control plane's place.
+	// LocalXDSPath is a file that takes the control plane's place, LocalXDS such a file's content.
 	LocalXDSPath string
+	LocalXDS     string
+	// Dedicated is the one workload that is served, whose network namespace is the process's own; zero: ZDS names the pods.
+	Dedicated zds.Workload
+	// SecretTTL is how long a certificate is asked to live; 0 means 24 hours.
+	SecretTTL time.Duration
+	// MaxStreams is how many streams share a tunnel, TunnelIdle how long one without streams is kept; 0 means the pool's own.
+	MaxStreams int
+	TunnelIdle time.Duration
+	// Workers is the number of event loops; 0 means as many as suit the machine.
+	Workers int
 
 	ZDSSocket string
 	// HandoverSocket is where a proxy that ends finds its successor.
@@ -78,7 +88,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		NodeName:      get("NODE_NAME", host),
 		PodName:       get("POD_NAME", host),
 		PodNamespace:  get("POD_NAMESPACE", "istio-system"),
-		ClusterID:     get("CLUSTER_ID", "Kubernetes"),
+		ClusterID:     clusterID(getenv),
 		Network:       getenv("NETWORK"),
 		TrustDomain:   get("TRUST_DOMAIN", mesh.DefaultTrustDomain),
 		ClusterDomain: get("CLUSTER_DOMAIN", "cluster.local"),
@@ -93,16 +103,26 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 	c.HandoverSocket = get("FAIRLEAD_HANDOVER_SOCKET", filepath.Join(filepath.Dir(c.ZDSSocket), "handover.sock"))
 	c.FakeCA = boolean(getenv, "FAKE_CA", &errs)
 	c.FakeCADir, c.LocalXDSPath = getenv("FAIRLEAD_FAKE_CA_DIR"), getenv("LOCAL_XDS_PATH")
+	c.LocalXDS = getenv("LOCAL_XDS")
+	unsupportedFromEnv(getenv, &errs)
+	var err error
+	if c.Dedicated, err = dedicatedFromEnv(getenv); err != nil {
+		errs = append(errs, err)
+	}
+	c.SecretTTL = tuned(getenv, "SECRET_TTL", duration, &errs)
+	c.MaxStreams = tuned(getenv, "POOL_MAX_STREAMS_PER_CONNECTION", positive, &errs)
+	c.TunnelIdle = tuned(getenv, "POOL_UNUSED_RELEASE_TIMEOUT", duration, &errs)
+	c.Workers = tuned(getenv, "ZTUNNEL_WORKER_THREADS", workers, &errs)
 	c.Limits = limitsFromEnv(getenv, &errs)
 	c.ForceHBONE = boolean(getenv, "FAIRLEAD_FORCE_HBONE", &errs)
 	c.Goroutines = boolean(getenv, "FAIRLEAD_GOROUTINES", &errs)
 	token := get("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token")
 	c.XDS = identity.ControlPlane{
-		Address: get("XDS_ADDRESS", defaultXDSAddress), RootFile: get("XDS_ROOT_CA", defaultRootCA),
+		Address: withScheme(get("XDS_ADDRESS", defaultXDSAddress)), RootFile: get("XDS_ROOT_CA", defaultRootCA),
 		TokenFile: token, ServerName: getenv("ALT_XDS_HOSTNAME"),
 	}
 	c.CA = identity.ControlPlane{
-		Address: get("CA_ADDRESS", c.XDS.Address), RootFile: get("CA_ROOT_CA", c.XDS.RootFile),
+		Address: withScheme(get("CA_ADDRESS", c.XDS.Address)), RootFile: get("CA_ROOT_CA", c.XDS.RootFile),
 		TokenFile: token, ServerName: get("ALT_CA_HOSTNAME", c.XDS.ServerName),
 	}
 	if ip := getenv("INSTANCE_IP"); ip != "" {
@@ -112,11 +132,7 @@ func ConfigFromEnv(getenv func(string) string) (Config, error) {
 		}
 		c.InstanceIP = addr
 	}
-	grace, err := duration(get("TERMINATION_GRACE_PERIOD", "5s"))
-	if err != nil {
-		errs = append(errs, fmt.Errorf("TERMINATION_GRACE_PERIOD: %w", err))
-	}
-	c.TerminationGrace = grace
+	c.TerminationGrace = terminationFromEnv(getenv, &errs)
 	return c, errors.Join(errs...)
 }
 

@@ -13,7 +13,7 @@ func newDriver(cfg Config) (driver hbone.Driver, stop func(), err error) {
 	if cfg.Goroutines || fips140.Enabled() {
 		return hbone.Goroutines(), func() {}, nil
 	}
-	loops, err := hbone.Loops(0)
+	loops, err := hbone.Loops(cfg.Workers)
 	if err != nil {
 		return nil, nil, fmt.Errorf("start event loops: %w", err)
 	}

@@ -31,6 +31,7 @@ type configuration interface {
 // something unknown leaves in force what was there before.
 type localConfiguration struct {
 	path      string
+	text      string // the configuration itself (LOCAL_XDS), in place of a file
 	clusterID string
 	store     *state.Store
 	log       *zap.Logger
@@ -42,7 +43,7 @@ type localConfiguration struct {
 }
 
 func newLocalConfiguration(cfg Config, store *state.Store, log *zap.Logger) *localConfiguration {
-	return &localConfiguration{path: cfg.LocalXDSPath, clusterID: cfg.ClusterID, store: store, log: log, synced: make(chan struct{})}
+	return &localConfiguration{path: cfg.LocalXDSPath, text: cfg.LocalXDS, clusterID: cfg.ClusterID, store: store, log: log, synced: make(chan struct{})}
 }
 
 // Synced is closed when the file has been read once.
@@ -50,6 +51,13 @@ func (l *localConfiguration) Synced() <-chan struct{} { return l.synced }
 
 // Run reads the file and follows it. The first reading must succeed.
 func (l *localConfiguration) Run(ctx context.Context) error {
+	if l.text != "" {
+		if err := l.apply([]byte(l.text)); err != nil {
+			return err
+		}
+		<-ctx.Done()
+		return nil
+	}
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watch %s: %w", l.path, err)
@@ -85,6 +93,10 @@ func (l *localConfiguration) read() error {
 	if l.content != nil && bytes.Equal(content, l.content) {
 		return nil
 	}
+	return l.apply(content)
+}
+
+func (l *localConfiguration) apply(content []byte) error {
 	change, err := parseLocal(content, l.clusterID)
 	if err != nil {
 		return fmt.Errorf("read local configuration %s: %w", l.path, err)

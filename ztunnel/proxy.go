@@ -117,7 +117,24 @@ func (p *Proxy) followPods(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if w := p.cfg.Dedicated; w.Name != "" {
+		return p.serveOwn(ctx, w)
+	}
 	return (&zds.Client{Socket: p.cfg.ZDSSocket, Handler: p.pods, Log: p.log}).Run(ctx)
+}
+
+// serveOwn serves the workload whose network namespace this process is in, and no other.
+func (p *Proxy) serveOwn(ctx context.Context, w zds.Workload) error {
+	var err error
+	if w.Netns, err = netns.Open("/proc/self/ns/net"); err != nil {
+		return err
+	}
+	if err := p.pods.Add(ctx, w); err != nil {
+		return err
+	}
+	p.pods.Snapshot(map[string]struct{}{w.UID: {}})
+	<-ctx.Done()
+	return ctx.Err()
 }
 
 // newProxy puts the parts together. running ends what they do in the background.
@@ -145,7 +162,9 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	p.metrics = newMetrics(p.registry)
 	p.connections = newConnections(log.Access, p.metrics, cfg.Limits)
-	p.pool = hbone.NewPool(hbone.PoolConfig{Driver: p.driver, Log: log.Process})
+	p.pool = hbone.NewPool(hbone.PoolConfig{
+		Driver: p.driver, Log: log.Process, MaxStreamsPerTunnel: cfg.MaxStreams, IdleTimeout: cfg.TunnelIdle,
+	})
 	p.pods = newPods(p)
 	p.resolver = newResolver(p)
 	p.source = newConfiguration(cfg, description, p.store, log.Process)
@@ -156,16 +175,16 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 func newFetcher(cfg Config) (identity.Fetcher, error) {
 	if cfg.FakeCA {
 		if cfg.FakeCADir != "" {
-			return identity.OpenSelfSigned(cfg.FakeCADir, cfg.TrustDomain, 0)
+			return identity.OpenSelfSigned(cfg.FakeCADir, cfg.TrustDomain, cfg.SecretTTL)
 		}
-		return identity.NewSelfSigned(cfg.TrustDomain, 0)
+		return identity.NewSelfSigned(cfg.TrustDomain, cfg.SecretTTL)
 	}
-	return identity.NewCA(identity.ClientConfig{Dial: cfg.CA.Dial, ClusterID: cfg.ClusterID}), nil
+	return identity.NewCA(identity.ClientConfig{Dial: cfg.CA.Dial, ClusterID: cfg.ClusterID, TTL: cfg.SecretTTL}), nil
 }
 
 // newConfiguration is where the content of the store comes from.
 func newConfiguration(cfg Config, node *core.Node, store *state.Store, log *zap.Logger) configuration {
-	if cfg.LocalXDSPath != "" {
+	if cfg.LocalXDSPath != "" || cfg.LocalXDS != "" {
 		return newLocalConfiguration(cfg, store, log)
 	}
 	client := xds.NewClient(xds.ClientConfig{Dial: cfg.XDS.Dial, Node: node, Log: log})

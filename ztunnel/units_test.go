@@ -21,6 +21,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/route"
 	"github.com/fairlead-mesh/fairlead/internal/state"
+	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
 
 func TestConfigFromEnv(t *testing.T) {
@@ -51,6 +52,25 @@ func TestConfigFromEnv(t *testing.T) {
 			func(c *Config) { c.FakeCA, c.ForceHBONE = true, true }, ""},
 		{"grace in seconds", map[string]string{"TERMINATION_GRACE_PERIOD": "30"}, func(c *Config) { c.TerminationGrace = 30 * time.Second }, ""},
 		{"grace as a duration", map[string]string{"TERMINATION_GRACE_PERIOD": "1m30s"}, func(c *Config) { c.TerminationGrace = 90 * time.Second }, ""},
+		{"grace of the pod", map[string]string{"TERMINATION_GRACE_PERIOD_SECONDS": "30"}, func(c *Config) { c.TerminationGrace = 25 * time.Second }, ""},
+		{"short grace of the pod", map[string]string{"TERMINATION_GRACE_PERIOD_SECONDS": "3"}, func(c *Config) { c.TerminationGrace = 2 * time.Second }, ""},
+		{"deadline", map[string]string{"TERMINATION_GRACE_PERIOD_SECONDS": "30", "CONNECTION_TERMINATION_DEADLINE": "7s"},
+			func(c *Config) { c.TerminationGrace = 7 * time.Second }, ""},
+		{"cluster by injection", map[string]string{"ISTIO_META_CLUSTER_ID": "east", "CLUSTER_ID": "west"}, func(c *Config) { c.ClusterID = "east" }, ""},
+		{"addresses without a scheme", map[string]string{"XDS_ADDRESS": "istiod:15012", "CA_ADDRESS": "ca:443"},
+			func(c *Config) { c.XDS.Address, c.CA.Address = "https://istiod:15012", "https://ca:443" }, ""},
+		{"tunnels", map[string]string{"POOL_MAX_STREAMS_PER_CONNECTION": "7", "POOL_UNUSED_RELEASE_TIMEOUT": "1m", "SECRET_TTL": "1h", "ZTUNNEL_WORKER_THREADS": "3"},
+			func(c *Config) { c.MaxStreams, c.TunnelIdle, c.SecretTTL, c.Workers = 7, time.Minute, time.Hour, 3 }, ""},
+		{"few workers", map[string]string{"ZTUNNEL_WORKER_THREADS": "0%"}, func(c *Config) { c.Workers = 1 }, ""},
+		{"dedicated", map[string]string{"PROXY_MODE": "dedicated", "PROXY_WORKLOAD_INFO": "ns/name/sa"},
+			func(c *Config) {
+				c.Dedicated = zds.Workload{UID: "dedicated", Namespace: "ns", Name: "name", ServiceAccount: "sa"}
+			}, ""},
+		{"dedicated to nothing", map[string]string{"PROXY_MODE": "dedicated"}, nil, "PROXY_WORKLOAD_INFO"},
+		{"unknown mode", map[string]string{"PROXY_MODE": "both"}, nil, "PROXY_MODE"},
+		{"revocation", map[string]string{"CRL_PATH": "/crl"}, nil, "CRL_PATH"},
+		{"two sources", map[string]string{"LOCAL_XDS": "workloads: []", "LOCAL_XDS_PATH": "/f"}, nil, "LOCAL_XDS"},
+		{"no workers", map[string]string{"ZTUNNEL_WORKER_THREADS": "0"}, nil, "ZTUNNEL_WORKER_THREADS"},
 		{"hand-over", map[string]string{"FAIRLEAD_HANDOVER_SOCKET": "/h"}, func(c *Config) { c.HandoverSocket = "/h" }, ""},
 		{"address", map[string]string{"INSTANCE_IP": "fd00::1"}, func(c *Config) { c.InstanceIP = netip.MustParseAddr("fd00::1") }, ""},
 		{"limits", map[string]string{"FAIRLEAD_POD_MAX_CONNECTIONS": "1", "FAIRLEAD_POD_MAX_TUNNELS": "2", "FAIRLEAD_PEER_MAX_TUNNELS": "3",

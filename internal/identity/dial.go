@@ -21,7 +21,8 @@ import (
 type ControlPlane struct {
 	// Address is https://host:port, or http://host:port for one on the same machine that needs neither TLS nor token.
 	Address string
-	// RootFile holds the PEM roots that vouch for the control plane; it is read anew at each handshake.
+	// RootFile holds the PEM roots that vouch for the control plane; it is read anew at each handshake. It may be SYSTEM,
+	// for the machine's roots, or the PEM text itself.
 	RootFile string
 	// TokenFile holds the service-account token; it is read anew for each call. Empty: no token is sent.
 	TokenFile string
@@ -65,13 +66,9 @@ func (p ControlPlane) tls(host string) *tls.Config {
 		// The check below replaces Go's, which would use roots read once.
 		InsecureSkipVerify: true,
 		VerifyConnection: func(s tls.ConnectionState) error {
-			pemRoots, err := os.ReadFile(p.RootFile)
+			roots, err := p.roots()
 			if err != nil {
 				return fmt.Errorf("control plane roots: %w", err)
-			}
-			roots := x509.NewCertPool()
-			if !roots.AppendCertsFromPEM(pemRoots) {
-				return fmt.Errorf("control plane roots: no certificate in %s", p.RootFile)
 			}
 			intermediates := x509.NewCertPool()
 			for _, c := range s.PeerCertificates[1:] {
@@ -85,6 +82,24 @@ func (p ControlPlane) tls(host string) *tls.Config {
 		config.ServerName = name
 	}
 	return config
+}
+
+func (p ControlPlane) roots() (*x509.CertPool, error) {
+	if p.RootFile == "SYSTEM" {
+		return x509.SystemCertPool()
+	}
+	text := []byte(p.RootFile)
+	if !strings.Contains(p.RootFile, "-----BEGIN ") {
+		var err error
+		if text, err = os.ReadFile(p.RootFile); err != nil {
+			return nil, err
+		}
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("no certificate in %s", p.RootFile)
+	}
+	return roots, nil
 }
 
 // tokenFile sends a file's token with each call.

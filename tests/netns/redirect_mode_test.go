@@ -15,16 +15,15 @@ import (
 	"github.com/fairlead-mesh/fairlead/tests/netns/lab"
 )
 
-// newRulesFixture makes a world without this project's agent and control plane: pods that are redirected by another
-// agent's rules, once redirect is called, and a ztunnel on each node that knows the mesh from a file.
-func newRulesFixture(t *testing.T) (f *fixture, redirect func(lab.Rules)) {
+// newBareFixture makes a world without this project's agent and control plane, and returns where ztunnel is.
+func newBareFixture(t *testing.T) (f *fixture, ztunnel string) {
 	t.Helper()
 	testenv.RequireRoot(t)
 	bin, err := filepath.Abs("../../bin")
 	if err != nil {
 		t.Fatal(err)
 	}
-	ztunnel := filepath.Join(bin, "ztunnel")
+	ztunnel = filepath.Join(bin, "ztunnel")
 	_, err = os.Stat(ztunnel)
 	testenv.Require(t, err == nil, "bin/ztunnel: hack/build.sh makes it (make test-netns does)")
 	w, err := lab.New(lab.Options{Bin: bin, Log: t.Logf})
@@ -46,17 +45,49 @@ func newRulesFixture(t *testing.T) (f *fixture, redirect func(lab.Rules)) {
 	f.near = f.pod(lab.PodSpec{Namespace: shop, Name: "near"})
 	f.v1 = f.pod(lab.PodSpec{Namespace: shop, Name: "orders", Node: 1})
 	f.legacy = f.pod(lab.PodSpec{Namespace: outside, Name: "legacy"})
+	return f, ztunnel
+}
+
+// newRulesFixture gives each node of a bare fixture a ztunnel that knows the mesh from a file, and is named its pods;
+// redirect lays another agent's rules in these.
+func newRulesFixture(t *testing.T) (f *fixture, redirect func(lab.Rules)) {
+	t.Helper()
+	f, ztunnel := newBareFixture(t)
 	authority, err := identity.NewSelfSigned(mesh.DefaultTrustDomain, 0)
 	f.must(err)
-	file, err := w.Workloads("", f.web, f.near, f.v1)
+	file, err := f.Workloads("", f.web, f.near, f.v1)
 	f.must(err)
-	f.must(w.Nodes[0].StartProxy(ctx, ztunnel, file, authority, nil, f.web, f.near))
-	f.must(w.Nodes[1].StartProxy(ctx, ztunnel, file, authority, nil, f.v1))
+	f.must(f.Nodes[0].StartProxy(f.ctx, ztunnel, file, authority, nil, f.web, f.near))
+	f.must(f.Nodes[1].StartProxy(f.ctx, ztunnel, file, authority, nil, f.v1))
 	return f, func(kind lab.Rules) {
 		for _, p := range []*lab.Pod{f.web, f.near, f.v1} {
 			f.must(p.RedirectByRules(kind))
 		}
 	}
+}
+
+// TestDedicated: a ztunnel of one pod's own, with a file and self-made certificates, needs neither agent nor control plane.
+func TestDedicated(t *testing.T) {
+	f, ztunnel := newBareFixture(t)
+	file, err := f.Workloads("", f.web, f.v1)
+	f.must(err)
+	for _, p := range []*lab.Pod{f.web, f.v1} {
+		f.must(p.StartDedicated(f.ctx, ztunnel, file))
+	}
+	f.mustBePlain(f.web, tcp(f.v1))
+	for _, p := range []*lab.Pod{f.web, f.v1} {
+		f.must(p.RedirectByRules(lab.RulesRedirect))
+	}
+	before, err := f.Wire.Total()
+	f.must(err)
+	f.mustAnswer(f.web, tcp(f.v1))
+	f.mustAnswer(f.web, tcp6(f.v1))
+	seen, err := f.Wire.Since(before)
+	f.must(err)
+	if seen.Clear != 0 || seen.Markers != 0 || seen.Tunnel == 0 {
+		t.Errorf("captured %+v, want all in the tunnel", seen)
+	}
+	f.mustBePlain(f.legacy, tcp(f.v1))
 }
 
 // TestUnderIstiosRules: where Istio's CNI agent redirects by iptables, and ZDS names the pods, connections go through the

@@ -65,12 +65,12 @@ func (p *Pod) StartEnvoy(ctx context.Context, binary string, authority *identity
 	if err != nil {
 		return fmt.Errorf("configure Envoy: %w", err)
 	}
-	p.envoy, err = p.thread.start(filepath.Join(w.Dir, "log"), command{
+	p.proxy, err = p.thread.start(filepath.Join(w.Dir, "log"), command{
 		name: name, path: binary, cgroup: p.cgroup,
 		args: []string{"-c", config, "--concurrency", "2", "--disable-hot-restart", "--log-level", "warning"},
 	})
 	if err != nil {
 		return err
 	}
-	return p.envoy.ready(ctx, p.thread, netip.MustParseAddrPort("127.0.0.1:15000"), "/ready")
+	return p.proxy.ready(ctx, p.thread, netip.MustParseAddrPort("127.0.0.1:15000"), "/ready")
 }

@@ -45,8 +45,8 @@ type Pod struct {
 	// One of them is what runs in the pod.
 	program  *program
 	waypoint *process
-	// envoy is the pod's own proxy, or nil.
-	envoy *process
+	// proxy is the pod's own, or nil.
+	proxy *process
 }
 
 // Pod makes a pod as a kubelet and its runtime would: the object, a namespace with an interface, the CNI plugins of
@@ -200,7 +200,7 @@ func (w *World) RemovePod(ctx context.Context, p *Pod) error {
 	w.mu.Unlock()
 	var errs []error
 	p.program.end()
-	errs = append(errs, p.waypoint.stop(stopPatience), p.envoy.stop(stopPatience))
+	errs = append(errs, p.waypoint.stop(stopPatience), p.proxy.stop(stopPatience))
 	if p.thread != nil {
 		ctx, cancel := context.WithTimeout(ctx, delPatience)
 		defer cancel()

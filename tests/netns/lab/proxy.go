@@ -98,3 +98,22 @@ func (n *Node) StartProxy(ctx context.Context, path, workloads string, authority
 	a.Synced()
 	return n.ztunnel.ready(ctx, n.thread, netip.MustParseAddrPort("127.0.0.1:15021"), "/healthz/ready")
 }
+
+// StartDedicated starts a ztunnel, the program at path, inside the pod, for it alone, with the workloads of a file made by
+// Workloads and certificates below the directory that all proxies with self-made ones share.
+func (p *Pod) StartDedicated(ctx context.Context, path, workloads string) error {
+	dir := p.node.world.Dir
+	var err error
+	p.proxy, err = p.thread.start(filepath.Join(dir, "log"), command{
+		name: "ztunnel." + p.Namespace + "." + p.Name, path: path, cgroup: p.cgroup,
+		env: []string{
+			"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=" + p.Namespace + "/" + p.Name + "/" + p.ServiceAccount,
+			"LOCAL_XDS_PATH=" + workloads, "FAKE_CA=true", "FAIRLEAD_FAKE_CA_DIR=" + filepath.Join(dir, "fake-ca"),
+			"NODE_NAME=" + p.node.Name, "CLUSTER_ID=Kubernetes",
+		},
+	})
+	if err != nil {
+		return err
+	}
+	return p.proxy.ready(ctx, p.thread, netip.MustParseAddrPort("127.0.0.1:15021"), "/healthz/ready")
+}
