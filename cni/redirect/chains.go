@@ -1,10 +1,14 @@
 package redirect
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
 
 // Ports of the proxy in a pod's network namespace, where nftables redirects.
@@ -12,6 +16,7 @@ const (
 	outboundPort  = 15001
 	plaintextPort = 15006
 	hbonePort     = 15008
+	dnsProxyPort  = 15053
 )
 
 // Priorities that netfilter gives its own parts.
@@ -83,23 +88,15 @@ const (
 // that can send raw packets might let that be another than the one that opens it. What opens a connection and has come
 // past redirection is therefore lost or reset by the last chains.
 func podChains(pod PodConfig) []Chain {
-	tcp := Step{Protocol: unix.IPPROTO_TCP, Opens: true}
-	redirect := func(to uint16) Step { s := tcp; s.Do, s.To = Redirect, to; return s }
-	end := func(a Action) Step { s := tcp; s.Do = a; return s }
-	probes := []Step{{Source: host(ProbeSource4)}, {Source: host(ProbeSource6)}}
-	fromHere := Step{In: "lo"}
-	byProxy, toHere := Step{Proxy: true}, Step{Out: "lo"}
-
-	in := slices.Concat([]Step{fromHere}, probes, []Step{
-		{Protocol: unix.IPPROTO_TCP, Port: hbonePort}, redirect(plaintextPort),
-	})
-	out := []Step{byProxy, toHere, redirect(outboundPort)}
-	lastIn := slices.Concat([]Step{fromHere}, probes, []Step{
-		{Protocol: unix.IPPROTO_TCP, Port: plaintextPort}, {Protocol: unix.IPPROTO_TCP, Port: hbonePort}, end(Reset),
-	})
-	lastOut := []Step{byProxy, toHere, end(Drop)}
-	if pod.Released {
-		in, out, lastIn, lastOut = nil, nil, nil, nil
+	var in, out, lastIn, lastOut []Step
+	if !pod.Released {
+		opens := Step{Protocol: unix.IPPROTO_TCP, Opens: true}
+		in = arriving(pod, opens.doing(Redirect, plaintextPort))
+		out = leaving(pod, opens.doing(Redirect, outboundPort), opens.doing(Redirect, dnsProxyPort))
+		lastIn = append([]Step{{Protocol: unix.IPPROTO_TCP, Port: plaintextPort}}, arriving(pod, opens.doing(Reset, 0))...)
+		// A query that went to its resolver before may go on to do so.
+		pod.Exclude.DNS = true
+		lastOut = leaving(pod, opens.doing(Drop, 0), opens.doing(Drop, 0))
 	}
 	return []Chain{
 		// The application's answers to the proxy, which calls from the client's address, are kept in the pod.
@@ -110,6 +107,81 @@ func podChains(pod PodConfig) []Chain {
 		{"last_in", "filter", unix.NF_INET_LOCAL_IN, priorityFilter, lastIn},
 		{"last_out", "filter", unix.NF_INET_POST_ROUTING, priorityFilter, lastOut},
 	}
+}
+
+// arriving are the steps of what comes to the pod: what is no business of the proxy is accepted, the rest meets end.
+func arriving(pod PodConfig, end Step) []Step {
+	steps := []Step{{In: "lo"}, {Source: host(ProbeSource4)}, {Source: host(ProbeSource6)}}
+	for _, name := range pod.Exclude.Interfaces {
+		steps = append(steps, Step{In: name})
+	}
+	steps = append(steps, Step{Protocol: unix.IPPROTO_TCP, Port: hbonePort})
+	if pod.Exclude.Inbound {
+		return append(steps, Step{Protocol: unix.IPPROTO_TCP})
+	}
+	return append(steps, excluding(pod.Exclude.In, func(s *Step, n netip.Prefix) { s.Source = n }, end)...)
+}
+
+// leaving are the steps of what the pod sends: what is no business of the proxy is accepted, queries for names meet dns,
+// and the rest end.
+func leaving(pod PodConfig, end, dns Step) []Step {
+	steps := []Step{{Proxy: true}, {Out: "lo"}}
+	for _, name := range pod.Exclude.Interfaces {
+		steps = append(steps, Step{Out: name})
+	}
+	ends := []Step{end}
+	if dns.Port = dnsPort; !pod.Exclude.DNS {
+		udp := dns
+		udp.Protocol, udp.Opens = unix.IPPROTO_UDP, false
+		steps, ends = append(steps, udp), []Step{dns, end}
+	}
+	return append(steps, excluding(pod.Exclude.Out, func(s *Step, n netip.Prefix) { s.Destination = n }, ends...)...)
+}
+
+// excluding puts what is left out of one direction before the steps that connections meet in the end. set makes a network
+// a condition of a step.
+func excluding(x mesh.Exclusion, set func(*Step, netip.Prefix), ends ...Step) []Step {
+	var steps []Step
+	for _, port := range x.Ports {
+		steps = append(steps, Step{Protocol: unix.IPPROTO_TCP, Port: port})
+	}
+	captured := map[netip.Prefix]bool{}
+	for _, n := range x.CapturedNetworks {
+		captured[n] = true
+	}
+	for _, n := range x.Networks {
+		captured[n] = false
+	}
+	// The longest network that an address is in has its say.
+	for _, n := range slices.SortedFunc(maps.Keys(captured), func(a, b netip.Prefix) int {
+		return cmp.Or(cmp.Compare(b.Bits(), a.Bits()), a.Compare(b))
+	}) {
+		some := []Step{{Protocol: unix.IPPROTO_TCP}}
+		if captured[n] {
+			some = slices.Clone(ends)
+		}
+		for _, s := range some {
+			set(&s, n)
+			steps = append(steps, s)
+		}
+	}
+	if !x.Listed {
+		return append(steps, ends...)
+	}
+	for _, port := range x.CapturedPorts {
+		for _, s := range ends {
+			if s.Port == 0 || s.Port == port {
+				s.Port = port
+				steps = append(steps, s)
+			}
+		}
+	}
+	return append(steps, Step{Protocol: unix.IPPROTO_TCP})
+}
+
+func (s Step) doing(a Action, to uint16) Step {
+	s.Do, s.To = a, to
+	return s
 }
 
 func host(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }

@@ -51,31 +51,19 @@ type received struct {
 // proxyDNS opens the proxy's UDP listeners in the pod, which answer as "proxy".
 func (l *lab) proxyDNS(t *testing.T) (map[bpf.Slot]*netns.PacketListener, <-chan received) {
 	t.Helper()
-	cookie, err := netns.Cookie(l.pod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	slots, err := bpf.OpenListeners(l.cfg.BPFFS, cookie)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer slots.Close()
+	byRules := l.cfg.Mode == redirect.NFTables
 	queries := make(chan received, 16)
 	listeners := map[bpf.Slot]*netns.PacketListener{}
-	for slot, addr := range map[bpf.Slot]string{bpf.DNSIPv4: "127.0.0.1:0", bpf.DNSIPv6: "[::1]:0"} {
-		p, err := netns.ListenPacket(l.pod, netip.MustParseAddrPort(addr))
+	for slot, ip := range map[bpf.Slot]netip.Addr{bpf.DNSIPv4: netip.MustParseAddr("127.0.0.1"), bpf.DNSIPv6: netip.IPv6Loopback()} {
+		addr := netip.AddrPortFrom(ip, 0)
+		if byRules {
+			addr = netip.AddrPortFrom(ip, 15053)
+		}
+		p, err := netns.ListenPacket(l.pod, addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { p.Close() })
-		raw, err := p.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		raw.Control(func(fd uintptr) { err = slots.Set(slot, int(fd)) })
-		if err != nil {
-			t.Fatal(err)
-		}
 		listeners[slot] = p
 		go func() {
 			buf := make([]byte, 512)
@@ -85,11 +73,18 @@ func (l *lab) proxyDNS(t *testing.T) (map[bpf.Slot]*netns.PacketListener, <-chan
 					return
 				}
 				queries <- received{from, to}
-				if err := p.Write(append([]byte("proxy "), buf[:n]...), netip.AddrPortFrom(to, 53), from); err != nil {
+				source := netip.AddrPortFrom(to, 53)
+				if byRules {
+					source = p.Addr() // a rule has rewritten the address and will do so to the answer's
+				}
+				if err := p.Write(append([]byte("proxy "), buf[:n]...), source, from); err != nil {
 					t.Error(err)
 				}
 			}
 		}()
+	}
+	if !byRules {
+		fillSlots(t, l, listeners)
 	}
 	return listeners, queries
 }
@@ -120,7 +115,7 @@ const patience = 500 * time.Millisecond
 func TestDNS(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t, redirect.EBPF)
+			l := newLab(t, f.mode)
 			resolver(t, "server", l.host, f.at(f.remote, 53))
 			resolver(t, "other", l.host, f.at(f.remote, 54))
 			// The application may be a resolver itself.
@@ -144,7 +139,11 @@ func TestDNS(t *testing.T) {
 			if answer != "proxy query" {
 				t.Errorf("answer %q", answer)
 			}
-			if diff := cmp.Diff([]string{f.remote.String(), f.pod.String(), local.String()},
+			to := f.remote
+			if f.mode == redirect.NFTables {
+				to = loopbackOf(f)
+			}
+			if diff := cmp.Diff([]string{to.String(), f.pod.String(), local.String()},
 				func() []string {
 					q := <-queries
 					return []string{q.to.String(), q.from.Addr().String(), q.from.String()}
@@ -226,7 +225,7 @@ func loopbackOf(f family) netip.Addr {
 func TestDNSOverTCP(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t, redirect.EBPF)
+			l := newLab(t, f.mode)
 			l.ensure(t, pod4, pod6)
 			taken := make(chan accepted, 16)
 			l.proxy(t, taken)

@@ -284,12 +284,12 @@ func (l *lab) proxy(t *testing.T, to chan<- accepted) map[bpf.Slot]*net.TCPListe
 		listeners[slot] = listener
 	}
 	if l.cfg.Mode == redirect.EBPF {
-		l.fillSlots(t, listeners)
+		fillSlots(t, l, listeners)
 	}
 	return listeners
 }
 
-func (l *lab) fillSlots(t *testing.T, listeners map[bpf.Slot]*net.TCPListener) {
+func fillSlots[S syscall.Conn](t *testing.T, l *lab, listeners map[bpf.Slot]S) {
 	t.Helper()
 	cookie, err := netns.Cookie(l.pod)
 	if err != nil {

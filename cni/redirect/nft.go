@@ -72,17 +72,19 @@ func nftPresent(cfg Config) (present bool, err error) {
 }
 
 func (n *nft) prepare(pod Pod, _ uint64) error {
-	rules := n.plan(pod.IPs)
+	rules := n.plan(pod)
 	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
 		return fmt.Errorf("prepare the pod's network namespace: %w", err)
 	}
 	return nil
 }
 
-func (n *nft) plan(ips []netip.Addr) Rules { return Plan(PodConfig{Mode: NFTables, IPs: ips}) }
+func (n *nft) plan(pod Pod) Rules {
+	return Plan(PodConfig{Mode: NFTables, IPs: pod.IPs, Exclude: pod.Exclude})
+}
 
 func (n *nft) ensure(pod Pod, cookie uint64) error {
-	chains := n.plan(pod.IPs).Chains
+	chains := n.plan(pod).Chains
 	if err := netns.Do(pod.Netns, func() error { return ensureChains(chains) }); err != nil {
 		return err
 	}
@@ -113,7 +115,7 @@ func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 	}) {
 		return false, err
 	}
-	rules := n.plan(pod.IPs)
+	rules := n.plan(pod)
 	err = netns.Do(pod.Netns, func() error {
 		if all, err = held(rules); err != nil || !all {
 			return err
@@ -134,7 +136,7 @@ func (n *nft) release(cookie uint64, ns *os.File) error {
 }
 
 func (n *nft) remove(ns *os.File) error {
-	return netns.Do(ns, func() error { return errors.Join(removeTable(), remove(n.plan(nil))) })
+	return netns.Do(ns, func() error { return errors.Join(removeTable(), remove(n.plan(Pod{}))) })
 }
 
 // prune leaves the tables of the pods alone: they are gone with them.

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
@@ -36,6 +37,8 @@ var (
 type PodConfig struct {
 	// Mode is how the node redirects.
 	Mode Mode
+	// Exclude is what chains leave out of redirection; programs are told of it beside these rules.
+	Exclude mesh.Exclusions
 	// Released pods have only what connections need that are redirected already.
 	Released bool
 	// IPs are the pod's addresses, of either family or both.
@@ -115,9 +118,11 @@ func Plan(pod PodConfig) Rules {
 			Rule{Family: family, Priority: refusePriority, Mark: netns.RedirectMark, Mask: wholeMark},
 		)
 		// Sockets without a mark: the proxy's own have one.
-		rules.DNS = append(rules.DNS, Rule{
-			Family: family, Priority: dnsPriority, Mask: netns.ProxyMarkMask, Protocol: unix.IPPROTO_UDP, Port: dnsPort, Table: Table,
-		})
+		if pod.Mode != NFTables {
+			rules.DNS = append(rules.DNS, Rule{
+				Family: family, Priority: dnsPriority, Mask: netns.ProxyMarkMask, Protocol: unix.IPPROTO_UDP, Port: dnsPort, Table: Table,
+			})
+		}
 		route := Route{Family: family, Table: Table}
 		if family == unix.AF_INET {
 			// Without it the kernel would find no source for an address that is not its own. For IPv6 it looks at all

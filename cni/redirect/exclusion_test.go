@@ -1,0 +1,75 @@
+package redirect_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
+)
+
+// TestExclusions: what is left out goes where it would without the mesh, the rest to the proxy, in either way to redirect.
+func TestExclusions(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t, f.mode)
+			taken := make(chan accepted, 16)
+			for _, port := range []uint16{80, 5432} {
+				listen(t, "server", l.host, f.at(f.remote, port), taken)
+				listen(t, "app", l.pod, f.anyPort(port), taken)
+			}
+			network := func(ip netip.Addr) []netip.Prefix { return []netip.Prefix{netip.PrefixFrom(ip, ip.BitLen())} }
+			first := true
+			for _, tc := range []struct {
+				name    string
+				exclude mesh.Exclusions
+				// Who takes what leaves for ports 80 and 5432, and what arrives at them.
+				out, in [2]string
+			}{
+				{"nothing", mesh.Exclusions{}, [2]string{"outbound", "outbound"}, [2]string{"plaintext", "plaintext"}},
+				{"a port", mesh.Exclusions{Out: mesh.Exclusion{Ports: []uint16{5432}}, In: mesh.Exclusion{Ports: []uint16{5432}}},
+					[2]string{"outbound", "server"}, [2]string{"plaintext", "app"}},
+				{"a network", mesh.Exclusions{Out: mesh.Exclusion{Networks: network(f.remote)}},
+					[2]string{"server", "server"}, [2]string{"plaintext", "plaintext"}},
+				{"all but a port", mesh.Exclusions{
+					Out: mesh.Exclusion{Listed: true, CapturedPorts: []uint16{80}}, In: mesh.Exclusion{Listed: true, CapturedPorts: []uint16{80}},
+				}, [2]string{"outbound", "server"}, [2]string{"plaintext", "app"}},
+				{"all but a network", mesh.Exclusions{Out: mesh.Exclusion{Listed: true, CapturedNetworks: network(f.remote)}},
+					[2]string{"outbound", "outbound"}, [2]string{"plaintext", "plaintext"}},
+				{"what arrives in clear", mesh.Exclusions{Inbound: true}, [2]string{"outbound", "outbound"}, [2]string{"app", "app"}},
+				{"an interface", mesh.Exclusions{Interfaces: []string{"eth0"}}, [2]string{"server", "server"}, [2]string{"app", "app"}},
+				{"nothing again", mesh.Exclusions{}, [2]string{"outbound", "outbound"}, [2]string{"plaintext", "plaintext"}},
+			} {
+				pod := l.podOf(pod4, pod6)
+				pod.Exclude = tc.exclude
+				if held, err := l.redirector.Holds(pod); err != nil || held {
+					t.Errorf("%s: held before it was made: %v %v", tc.name, held, err)
+				}
+				if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+					t.Fatal(err)
+				}
+				if held, err := l.redirector.Holds(pod); err != nil || !held {
+					t.Errorf("%s: not held: %v %v", tc.name, held, err)
+				}
+				if first {
+					l.proxy(t, taken)
+					first = false
+				}
+				by := func(o outcome) string {
+					t.Helper()
+					if o.Error != "" {
+						return o.Error
+					}
+					return next(t, taken).by
+				}
+				for i, port := range []uint16{80, 5432} {
+					if got := by(l.app(t, attempt{Dst: f.at(f.remote, port)})); got != tc.out[i] {
+						t.Errorf("%s: what leaves for port %d is taken by %s, want %s", tc.name, port, got, tc.out[i])
+					}
+					if got := by(l.connect(t, "client", "app", l.host, attempt{Dst: f.at(f.pod, port), User: 1000})); got != tc.in[i] {
+						t.Errorf("%s: what arrives at port %d is taken by %s, want %s", tc.name, port, got, tc.in[i])
+					}
+				}
+			}
+		})
+	}
+}
