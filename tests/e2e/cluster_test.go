@@ -389,16 +389,17 @@ type background struct {
 	out output
 }
 
-// output keeps what a program prints and tells when it has begun to.
+// output keeps what a program prints and tells when it has begun to. The buffer has a name, because its ReadFrom would be
+// used in place of Write.
 type output struct {
-	bytes.Buffer
+	text  bytes.Buffer
 	begin sync.Once
 	begun chan struct{}
 }
 
 func (o *output) Write(b []byte) (int, error) {
 	o.begin.Do(func() { close(o.begun) })
-	return o.Buffer.Write(b)
+	return o.text.Write(b)
 }
 
 // start returns when the first request has been answered.
@@ -423,7 +424,7 @@ func (w *world) start(t *testing.T, pod string, args ...string) *background {
 func (b *background) wait(t *testing.T) []answer {
 	t.Helper()
 	_ = b.cmd.Wait() // its exit status says that some request failed, which the answers say better
-	return parse(t, b.out.String())
+	return parse(t, b.out.text.String())
 }
 
 // capture records what crosses a node's link until stop is called, which returns the bytes.

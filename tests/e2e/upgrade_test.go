@@ -65,7 +65,7 @@ func TestRolloutCutsNothing(t *testing.T) {
 	for name, b := range sessions {
 		_ = b.cmd.Process.Kill()
 		_ = b.cmd.Wait()
-		w.judge(t, name, parseWhole(t, b.out.String()), ended)
+		w.judge(t, name, parseWhole(t, b.out.text.String()), ended)
 	}
 	answers := load.wait(t)
 	during := 0
