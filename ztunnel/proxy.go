@@ -97,6 +97,7 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	defer noMore()
 	background("hand-over", func(context.Context) error { return p.takeOver(taking) })
 	background("recheck", p.recheck)
+	background("trim", p.trim)
 	background("reap", p.connections.reap)
 	select {
 	case <-ctx.Done():

@@ -3,6 +3,7 @@
 package accesslog
 
 import (
+	"io"
 	"net/netip"
 	"os"
 	"strconv"
@@ -57,7 +58,8 @@ func New(log *zap.Logger) *Log { return &Log{log: log} }
 
 // Open is a log on a file of its own buffer, for a process with many connections. Stop writes what is still waiting.
 func Open(file *os.File, level zapcore.LevelEnabler, encoder zapcore.Encoder) (l *Log, stop func() error) {
-	out := &zapcore.BufferedWriteSyncer{WS: zapcore.AddSync(file), FlushInterval: flushInterval}
+	// Not the file itself: each flush would make the kernel write to disk (fsync), and those who come meanwhile wait.
+	out := &zapcore.BufferedWriteSyncer{WS: zapcore.AddSync(struct{ io.Writer }{file}), FlushInterval: flushInterval}
 	return New(zap.New(zapcore.NewCore(encoder, out, level)).Named("access")), out.Stop
 }
 

@@ -382,7 +382,9 @@ func (a *loopApp) drain() {
 func (a *loopApp) wrote() {
 	if a.inEnd && !a.shut && len(a.queue) == 0 {
 		a.shut = true
-		loop.ShutdownWrite(a.fd)
+		if !a.outEnd { // else the close that follows says it
+			loop.ShutdownWrite(a.fd)
+		}
 	}
 	a.maybeFinish()
 }

@@ -22,12 +22,13 @@ type memory struct {
 }
 
 // settle is how long memory is given to come to rest.
-const settle = 5 * time.Second
+const settle = 6 * time.Second
 
 // measureMemory looks at proxies that have carried next to nothing, then with idle connections, then after those.
 func (w *world) measureMemory(ctx context.Context, l *lane, connections int) memory {
 	m := memory{Lane: l.name, Connections: connections}
 	err := func() (err error) {
+		time.Sleep(settle)
 		if m.Idle, err = l.resident(); err != nil {
 			return err
 		}
