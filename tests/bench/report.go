@@ -118,6 +118,12 @@ func (w *world) report(f figures) error {
 		os.WriteFile(name+".svg", []byte(w.plot(f)), 0o644),
 		os.WriteFile(name+".json", raw, 0o644),
 	)
+	if err == nil && w.options.document != "" {
+		err = errorsOf(
+			writeDocument(w.options.document, text),
+			os.WriteFile(strings.TrimSuffix(w.options.document, ".md")+".svg", []byte(w.plot(f)), 0o644),
+		)
+	}
 	fmt.Fprintf(os.Stderr, "\nwritten: %s.md, .svg and .json\n", name)
 	return err
 }
@@ -161,6 +167,7 @@ func (w *world) markdown(f figures, machine []string) string {
 		}
 	}
 	w.memoryTable(&b, f)
+	b.WriteString(w.goalTable(f))
 	return b.String()
 }
 
@@ -180,22 +187,38 @@ func (w *world) memoryTable(b *strings.Builder, f figures) {
 	if len(f.memory) == 0 {
 		return
 	}
-	fmt.Fprintf(b, "\n**memory**: resident MiB, client's side / server's side\n\n| lane | idle | with %d idle connections | KiB a connection and side | %v after they ended |\n|---|---|---|---|---|\n",
-		w.options.idle, settle)
+	fmt.Fprintf(b, "\n**memory**: resident MiB, client's side / server's side\n\n| lane | idle | with %d idle connections | with %d | KiB for each of the difference | %v after they ended |\n|---|---|---|---|---|---|\n",
+		w.options.idle/5, w.options.idle, settle)
 	for _, m := range f.memory {
 		if m.Error != "" {
-			fmt.Fprintf(b, "| %s | FAILED: %s | | | |\n", m.Lane, m.Error)
+			fmt.Fprintf(b, "| %s | FAILED: %s | | | | |\n", m.Lane, m.Error)
 			continue
 		}
-		var each []float64
-		for i := range m.Idle {
-			each = append(each, (m.Open[i]-m.Idle[i])*1024/float64(m.Connections))
-		}
-		fmt.Fprintf(b, "| %s | %s | %s | %s | %s |\n", m.Lane, sides(m.Idle), sides(m.Open), sides(each), sides(m.Closed))
+		fmt.Fprintf(b, "| %s | %s | %s | %s | %s | %s |\n", m.Lane, sides(m.Idle), sides(m.Few), sides(m.Open), sides(m.each()), sides(m.Closed))
 	}
 	for _, a := range w.absent {
-		fmt.Fprintf(b, "| %s | not given | | | |\n", a.Lane)
+		fmt.Fprintf(b, "| %s | not given | | | | |\n", a.Lane)
 	}
+}
+
+// The lines of a document between which the tables are.
+const (
+	figuresBegin = "<!-- figures: hack/bench.sh --doc docs/benchmarks.md writes them -->\n"
+	figuresEnd   = "<!-- end of figures -->"
+)
+
+// writeDocument puts text where a document has its figures.
+func writeDocument(path, text string) error {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	before, rest, begins := strings.Cut(string(content), figuresBegin)
+	_, after, ends := strings.Cut(rest, figuresEnd)
+	if !begins || !ends {
+		return fmt.Errorf("%s has no place for figures (%q to %q)", path, strings.TrimSpace(figuresBegin), figuresEnd)
+	}
+	return os.WriteFile(path, []byte(before+figuresBegin+text+figuresEnd+after), 0o644)
 }
 
 func sides(values []float64) string {
