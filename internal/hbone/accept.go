@@ -1,6 +1,7 @@
 package hbone
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
@@ -130,6 +131,9 @@ func (d *goroutines) Accept(ln *net.TCPListener, accepted func(int, netip.AddrPo
 				}
 				return
 			default:
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return
 			}
 			if err != nil {
 				failed(err)
