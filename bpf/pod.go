@@ -69,7 +69,7 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.ensureLookup(ns, pod.Cookie, program); err != nil {
 		return err
 	}
-	if err := n.ensurePodAddrs(pod.Cookie, value.Addrs[:value.AddrCount]); err != nil {
+	if err := n.putPodAddrs(pod.Cookie, value.Addrs[:value.AddrCount], old.Addrs[:old.AddrCount]); err != nil {
 		return err
 	}
 	if err := n.maps.Pods.Put(pod.Cookie, value); err != nil {
@@ -146,26 +146,35 @@ func attached(l link.Link) bool {
 	return ns != nil && ns.NetnsInode != 0
 }
 
-// ensurePodAddrs makes the set of addresses that belong to cookie equal to addrs.
-func (n *Node) ensurePodAddrs(cookie uint64, addrs []connectAddr) error {
+// putPodAddrs gives addresses to a pod, and takes those that it had away.
+func (n *Node) putPodAddrs(cookie uint64, addrs, old []connectAddr) error {
 	for _, a := range addrs {
 		if err := n.maps.PodAddrs.Put(a, cookie); err != nil {
 			return fmt.Errorf("set a pod address: %w", err)
 		}
 	}
-	var stale []connectAddr
+	return n.deletePodAddrs(slices.DeleteFunc(slices.Clone(old), func(a connectAddr) bool { return slices.Contains(addrs, a) }))
+}
+
+// removePodAddrs takes all addresses of a pod away, also those of one that was half made. It looks at every pod's.
+func (n *Node) removePodAddrs(cookie uint64) error {
+	var own []connectAddr
 	var addr connectAddr
 	var owner uint64
 	entries := n.maps.PodAddrs.Iterate()
 	for entries.Next(&addr, &owner) {
-		if owner == cookie && !slices.Contains(addrs, addr) {
-			stale = append(stale, addr)
+		if owner == cookie {
+			own = append(own, addr)
 		}
 	}
 	if err := entries.Err(); err != nil {
 		return fmt.Errorf("list pod addresses: %w", err)
 	}
-	for _, a := range stale {
+	return n.deletePodAddrs(own)
+}
+
+func (n *Node) deletePodAddrs(addrs []connectAddr) error {
+	for _, a := range addrs {
 		if err := n.maps.PodAddrs.Delete(a); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("remove a pod address: %w", err)
 		}
@@ -191,7 +200,7 @@ func (n *Node) RemovePod(cookie uint64) error {
 			errs = append(errs, fmt.Errorf("remove a listener of the pod: %w", err))
 		}
 	}
-	errs = append(errs, n.ensurePodAddrs(cookie, nil), n.dropExclusions(cookie, entries{}))
+	errs = append(errs, n.removePodAddrs(cookie), n.dropExclusions(cookie, entries{}))
 	if err := os.RemoveAll(n.podPath(cookie)); err != nil {
 		errs = append(errs, fmt.Errorf("unpin the pod's program: %w", err))
 	}

@@ -80,6 +80,10 @@ func (s *supervisor) node(p plan.Plan, n plan.Node, paths config.Paths) error {
 		return err
 	}
 	for path, b := range files {
+		// A node that was up before keeps its CNI configuration as others have left it.
+		if _, err := os.Stat(path); err == nil && filepath.Dir(path) == "/etc/cni/net.d" {
+			continue
+		}
 		if err := place(path, b); err != nil {
 			return err
 		}
