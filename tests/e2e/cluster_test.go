@@ -398,7 +398,9 @@ type output struct {
 }
 
 func (o *output) Write(b []byte) (int, error) {
-	o.begin.Do(func() { close(o.begun) })
+	if o.begun != nil {
+		o.begin.Do(func() { close(o.begun) })
+	}
 	return o.text.Write(b)
 }
 
