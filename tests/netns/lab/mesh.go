@@ -232,7 +232,7 @@ func (n *Node) StartZtunnel(ctx context.Context) error {
 	n.ztunnel, err = n.thread.start(filepath.Join(w.Dir, "log"), command{
 		name: "ztunnel." + n.Name, path: filepath.Join(w.opts.Bin, "ztunnel"),
 		cgroup: filepath.Join(n.cgroup, "kubepods", "besteffort", "podztunnel", fmt.Sprintf("ztunnel%d", n.ports.stats)),
-		env: []string{
+		env: append([]string{
 			"XDS_ADDRESS=" + address, "CA_ADDRESS=" + address, "XDS_ROOT_CA=" + w.rootCert(), "CA_ROOT_CA=" + w.rootCert(),
 			"AUTH_TOKEN=" + filepath.Join(w.Dir, "ca", "token-of-"+rootNamespace+"-"+n.ztunnelPod()),
 			"NODE_NAME=" + n.Name, "POD_NAME=" + n.ztunnelPod(), "POD_NAMESPACE=" + rootNamespace, "SERVICE_ACCOUNT=ztunnel",
@@ -240,7 +240,7 @@ func (n *Node) StartZtunnel(ctx context.Context) error {
 			"TERMINATION_GRACE_PERIOD=2s",
 			fmt.Sprintf("ADMIN_ADDR=localhost:%d", n.ports.admin), fmt.Sprintf("STATS_ADDR=:%d", n.ports.stats),
 			fmt.Sprintf("READINESS_ADDR=:%d", n.ports.ready),
-		},
+		}, n.ZtunnelEnv...),
 	})
 	if err != nil {
 		return err

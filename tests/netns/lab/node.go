@@ -18,6 +18,9 @@ type Node struct {
 	Name  string
 	Addrs []netip.Addr
 
+	// ZtunnelEnv is added to the environment of a ztunnel that StartZtunnel starts.
+	ZtunnelEnv []string
+
 	world  *World
 	index  int
 	dir    string // of CNI files, below World.Dir
