@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -164,14 +165,23 @@ func describe(args *skel.CmdArgs, conf Conf) (Event, error) {
 		if i := ip.Interface; i != nil && *i >= 0 && *i < len(result.Interfaces) && result.Interfaces[*i].Sandbox == "" {
 			continue
 		}
-		ones, _ := ip.Address.Mask.Size()
-		addr, ok := netip.AddrFromSlice(ip.Address.IP)
-		if !ok {
-			return event, types.NewError(types.ErrDecodingFailure, "read the result of the plugin before", "an address is missing")
+		prefix := prefixOf(ip.Address)
+		if !prefix.IsValid() {
+			return event, types.NewError(types.ErrDecodingFailure, "read the result of the plugin before", "not an address: "+ip.Address.String())
 		}
-		event.IPs = append(event.IPs, IPConfig{Interface: ip.Interface, Address: netip.PrefixFrom(addr.Unmap(), ones).String()})
+		event.IPs = append(event.IPs, IPConfig{Interface: ip.Interface, Address: prefix.String()})
 	}
 	return event, nil
+}
+
+// prefixOf is invalid for what is no address. IPv4 that is written as IPv6 has the longer mask.
+func prefixOf(n net.IPNet) netip.Prefix {
+	addr, _ := netip.AddrFromSlice(n.IP)
+	ones, bits := n.Mask.Size()
+	if addr = addr.Unmap(); addr.Is4() && bits == 128 {
+		ones -= 96
+	}
+	return netip.PrefixFrom(addr, ones)
 }
 
 // concerns tells whether the agent is to be asked: sandboxes that are no Kubernetes pods, and pods of excluded

@@ -185,7 +185,7 @@ func FuzzPair(f *testing.F) {
 			}
 			e.c.Advance(now * time.Second)
 			if op&7 == 0 && e == sv {
-				e.c.Grow(arg)
+				e.c.Grow(1 + arg)
 				continue
 			}
 			if op&7 == 0 {

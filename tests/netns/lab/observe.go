@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -36,22 +37,26 @@ func (w *World) Observe(ctx context.Context, p *Pod, c Call, lines int) (Observa
 		return o, err
 	}
 	_, err = w.WaitConnections(ctx, since, func(all []Connection) bool {
-		return o.take(all) >= lines
+		return o.take(all, p) >= lines
 	})
 	return o, err
 }
 
-// take finds the lines of the last exchange, and tells how many there are.
-func (o *Observation) take(all []Connection) int {
+// take finds the lines of the last exchange of a pod, and tells how many there are. Of a connection that was reset while
+// it was being made the pod's program does not know its own port; then the pod's address must do.
+func (o *Observation) take(all []Connection, p *Pod) int {
 	o.Outbound, o.Inbound = nil, nil
 	local := o.Answer.Last().Local
+	isLocal := func(source string) bool {
+		return source == local || local == "" && slices.ContainsFunc(p.Addrs, func(a netip.Addr) bool { return a.String() == host(source) })
+	}
 	for _, c := range all {
 		switch {
-		case c.Direction == "outbound" && c.Source == local:
+		case c.Direction == "outbound" && isLocal(c.Source):
 			o.Outbound = &c
 		case c.Direction != "inbound":
 		// Through a tunnel, the source's port is the tunnel's; otherwise the connection's own.
-		case c.Source == local || c.Path == "hbone" && host(c.Source) == host(local):
+		case isLocal(c.Source) || c.Path == "hbone" && host(c.Source) == host(local):
 			o.Inbound = &c
 		}
 	}
