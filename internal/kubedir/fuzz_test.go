@@ -2,6 +2,8 @@ package kubedir
 
 import (
 	"testing"
+
+	"github.com/fairlead-mesh/fairlead/internal/kubescheme"
 )
 
 // FuzzParseFile: a file is refused, or every object of it can be found again by kind and name.
@@ -10,7 +12,7 @@ func FuzzParseFile(f *testing.F) {
 	f.Add([]byte("apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: a, namespace: b}}\n- {apiVersion: x.example/v1, kind: Y}\n"))
 	f.Add([]byte("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a}\nspec: {action: DENY, rules: [{from: [{source: {principals: ['*']}}]}]}\n"))
 	f.Add([]byte("a: &a [*a]\n---\n- &b [1]\n"))
-	scheme, err := NewScheme()
+	scheme, err := kubescheme.New()
 	if err != nil {
 		f.Fatal(err)
 	}
