@@ -407,7 +407,13 @@ func (o *output) Write(b []byte) (int, error) {
 // start returns when the first request has been answered.
 func (w *world) start(t *testing.T, pod string, args ...string) *background {
 	t.Helper()
-	b := &background{cmd: exec.Command("kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "box", "client"}, args...)...)}
+	return w.startBox(t, pod, append([]string{"client"}, args...)...)
+}
+
+// startBox starts one of box's programs in a pod and returns when it has printed something.
+func (w *world) startBox(t *testing.T, pod string, args ...string) *background {
+	t.Helper()
+	b := &background{cmd: exec.Command("kubectl", append([]string{"-n", w.namespace, "exec", pod, "--", "box"}, args...)...)}
 	b.out.begun = make(chan struct{})
 	b.cmd.Stdout = &b.out
 	if err := b.cmd.Start(); err != nil {
@@ -416,8 +422,8 @@ func (w *world) start(t *testing.T, pod string, args ...string) *background {
 	t.Cleanup(func() { _ = b.cmd.Process.Kill() })
 	select {
 	case <-b.out.begun:
-	case <-time.After(30 * time.Second):
-		t.Fatalf("the client program in %s prints nothing", pod)
+	case <-time.After(time.Minute):
+		t.Fatalf("the program %q in %s prints nothing", args, pod)
 	}
 	return b
 }
