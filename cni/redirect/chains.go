@@ -1,10 +1,7 @@
 package redirect
 
 import (
-	"cmp"
-	"maps"
 	"net/netip"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -145,28 +142,19 @@ func excluding(x mesh.Exclusion, set func(*Step, netip.Prefix), ends ...Step) []
 	for _, port := range x.Ports {
 		steps = append(steps, Step{Protocol: unix.IPPROTO_TCP, Port: port})
 	}
-	captured := map[netip.Prefix]bool{}
-	for _, n := range x.CapturedNetworks {
-		captured[n] = true
-	}
 	for _, n := range x.Networks {
-		captured[n] = false
-	}
-	// The longest network that an address is in has its say.
-	for _, n := range slices.SortedFunc(maps.Keys(captured), func(a, b netip.Prefix) int {
-		return cmp.Or(cmp.Compare(b.Bits(), a.Bits()), a.Compare(b))
-	}) {
-		some := []Step{{Protocol: unix.IPPROTO_TCP}}
-		if captured[n] {
-			some = slices.Clone(ends)
-		}
-		for _, s := range some {
-			set(&s, n)
-			steps = append(steps, s)
-		}
+		s := Step{Protocol: unix.IPPROTO_TCP}
+		set(&s, n)
+		steps = append(steps, s)
 	}
 	if !x.Listed {
 		return append(steps, ends...)
+	}
+	for _, n := range x.CapturedNetworks {
+		for _, s := range ends {
+			set(&s, n)
+			steps = append(steps, s)
+		}
 	}
 	for _, port := range x.CapturedPorts {
 		for _, s := range ends {

@@ -61,8 +61,8 @@ func TestExclusionsInChains(t *testing.T) {
 		},
 			[]string{"tcp 15008 → accept", "tcp 80 opens → redirect 15006", "tcp → accept"},
 			[]string{
-				"udp 53 → redirect 15053", "tcp 22 → accept",
-				"to 10.1.0.0/16 tcp 53 opens → redirect 15053", "to 10.1.0.0/16 tcp opens → redirect 15001", "to 10.0.0.0/8 tcp → accept",
+				"udp 53 → redirect 15053", "tcp 22 → accept", "to 10.0.0.0/8 tcp → accept",
+				"to 10.1.0.0/16 tcp 53 opens → redirect 15053", "to 10.1.0.0/16 tcp opens → redirect 15001",
 				"tcp 53 opens → redirect 15053", "tcp 53 opens → redirect 15001", "tcp 443 opens → redirect 15001", "tcp → accept",
 			}},
 	} {

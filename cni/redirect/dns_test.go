@@ -51,19 +51,31 @@ type received struct {
 // proxyDNS opens the proxy's UDP listeners in the pod, which answer as "proxy".
 func (l *lab) proxyDNS(t *testing.T) (map[bpf.Slot]*netns.PacketListener, <-chan received) {
 	t.Helper()
-	byRules := l.cfg.Mode == redirect.NFTables
+	cookie, err := netns.Cookie(l.pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots, err := bpf.OpenListeners(l.cfg.BPFFS, cookie)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slots.Close()
 	queries := make(chan received, 16)
 	listeners := map[bpf.Slot]*netns.PacketListener{}
-	for slot, ip := range map[bpf.Slot]netip.Addr{bpf.DNSIPv4: netip.MustParseAddr("127.0.0.1"), bpf.DNSIPv6: netip.IPv6Loopback()} {
-		addr := netip.AddrPortFrom(ip, 0)
-		if byRules {
-			addr = netip.AddrPortFrom(ip, 15053)
-		}
-		p, err := netns.ListenPacket(l.pod, addr)
+	for slot, addr := range map[bpf.Slot]string{bpf.DNSIPv4: "127.0.0.1:0", bpf.DNSIPv6: "[::1]:0"} {
+		p, err := netns.ListenPacket(l.pod, netip.MustParseAddrPort(addr))
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { p.Close() })
+		raw, err := p.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) { err = slots.Set(slot, int(fd)) })
+		if err != nil {
+			t.Fatal(err)
+		}
 		listeners[slot] = p
 		go func() {
 			buf := make([]byte, 512)
@@ -73,18 +85,11 @@ func (l *lab) proxyDNS(t *testing.T) (map[bpf.Slot]*netns.PacketListener, <-chan
 					return
 				}
 				queries <- received{from, to}
-				source := netip.AddrPortFrom(to, 53)
-				if byRules {
-					source = p.Addr() // a rule has rewritten the address and will do so to the answer's
-				}
-				if err := p.Write(append([]byte("proxy "), buf[:n]...), source, from); err != nil {
+				if err := p.Write(append([]byte("proxy "), buf[:n]...), netip.AddrPortFrom(to, 53), from); err != nil {
 					t.Error(err)
 				}
 			}
 		}()
-	}
-	if !byRules {
-		fillSlots(t, l, listeners)
 	}
 	return listeners, queries
 }
@@ -114,6 +119,9 @@ const patience = 500 * time.Millisecond
 
 func TestDNS(t *testing.T) {
 	for _, f := range families {
+		if f.mode != redirect.EBPF {
+			continue // there the rules lead to a port: TestDNSByRules
+		}
 		t.Run(f.name, func(t *testing.T) {
 			l := newLab(t, f.mode)
 			resolver(t, "server", l.host, f.at(f.remote, 53))
@@ -139,11 +147,7 @@ func TestDNS(t *testing.T) {
 			if answer != "proxy query" {
 				t.Errorf("answer %q", answer)
 			}
-			to := f.remote
-			if f.mode == redirect.NFTables {
-				to = loopbackOf(f)
-			}
-			if diff := cmp.Diff([]string{to.String(), f.pod.String(), local.String()},
+			if diff := cmp.Diff([]string{f.remote.String(), f.pod.String(), local.String()},
 				func() []string {
 					q := <-queries
 					return []string{q.to.String(), q.from.Addr().String(), q.from.String()}
@@ -236,7 +240,7 @@ func TestDNSOverTCP(t *testing.T) {
 					t.Fatal(o.Error)
 				}
 				a := next(t, taken)
-				if a.local != dst {
+				if f.mode == redirect.EBPF && a.local != dst {
 					t.Errorf("opened to %s, the proxy sees %s", dst, a.local)
 				}
 				return a.by
@@ -252,6 +256,39 @@ func TestDNSOverTCP(t *testing.T) {
 			if by := takenBy(); by != "outbound" {
 				t.Errorf("switched off: taken by %s", by)
 			}
+		})
+	}
+}
+
+// TestDNSByRules: nftables brings queries to the proxy's port and its answers back under the resolver's address.
+func TestDNSByRules(t *testing.T) {
+	for _, f := range families {
+		if f.mode != redirect.NFTables {
+			continue
+		}
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t, f.mode)
+			resolver(t, "server", l.host, f.at(f.remote, 53))
+			want := func(when, want string, to netip.AddrPort, mark uint32) {
+				t.Helper()
+				if got, _ := l.ask(t, to, mark); got != want {
+					t.Errorf("%s: answer %q, want %q", when, got, want)
+				}
+			}
+			at := f.at(f.remote, 53)
+			want("before", "server query", at, 0) // the control
+			l.ensure(t, pod4, pod6)
+			want("without a proxy", "", at, 0)
+			resolver(t, "proxy", l.pod, f.at(loopbackOf(f), 15053))
+			want("redirected", "proxy query", at, 0)
+			want("nobody's address", "proxy query", f.at(f.remote.Next(), 53), 0)
+			want("the proxy's own", "server query", at, netns.ProxyMark)
+			off := l.podOf(pod4, pod6)
+			off.Exclude = mesh.Exclusions{DNS: true}
+			if _, err := l.redirector.Ensure(t.Context(), off); err != nil {
+				t.Fatal(err)
+			}
+			want("switched off", "server query", at, 0)
 		})
 	}
 }
