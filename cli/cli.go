@@ -48,7 +48,7 @@ func (s *session) command(version string) *cobra.Command {
 	flags.StringVar(&s.context, "context", "", "context of the kubeconfig")
 	flags.StringVarP(&s.namespace, "namespace", "n", "", "namespace (default: the context's)")
 	flags.StringVar(&s.system, "system-namespace", "istio-system", "namespace Fairlead is installed in")
-	root.AddCommand(s.waypoint(), s.ztunnelConfig(), s.version(version))
+	root.AddCommand(s.waypoint(), s.ztunnelConfig(), s.exclusions(), s.version(version))
 	return root
 }
 

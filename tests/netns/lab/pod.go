@@ -132,12 +132,25 @@ func (p *Pod) startApplication(context.Context) error {
 	return err
 }
 
-// enter makes the calling thread one of the pod: a network of its own, and the hosts file in place of a DNS.
+// resolvConf is what pods find in /etc/resolv.conf. Nobody has the resolver's address: only the mesh answers there.
+const resolvConf = "nameserver 192.0.2.53\nsearch %[1]s.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5 timeout:1 attempts:1\n"
+
+// enter makes the calling thread one of the pod: a network of its own, and files by which names are looked up.
 func (p *Pod) enter() error {
 	if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS); err != nil {
 		return os.NewSyscallError("unshare namespaces", err)
 	}
-	return mountHosts(filepath.Join(p.node.dir, "hosts"))
+	if err := mountHosts(filepath.Join(p.node.dir, "hosts")); err != nil {
+		return err
+	}
+	resolvers := filepath.Join(p.node.dir, "resolv.conf."+p.Namespace)
+	if err := os.WriteFile(resolvers, fmt.Appendf(nil, resolvConf, p.Namespace), 0o644); err != nil {
+		return err
+	}
+	if err := unix.Mount(resolvers, "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount /etc/resolv.conf: %w", err)
+	}
+	return nil
 }
 
 // wire makes the pod's link and shows the pod's namespace where a runtime would, on the node's thread.
@@ -228,6 +241,12 @@ func (w *World) RemovePod(ctx context.Context, p *Pod) error {
 // Label sets the pod's labels, all of them, while it runs.
 func (p *Pod) Label(labels map[string]string) error {
 	p.Labels = labels
+	return p.node.world.publish(p)
+}
+
+// Annotate sets the pod's annotations, all of them, while it runs.
+func (p *Pod) Annotate(annotations map[string]string) error {
+	p.Annotations = annotations
 	return p.node.world.publish(p)
 }
 
