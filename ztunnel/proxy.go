@@ -127,7 +127,8 @@ func (p *Proxy) followPods(ctx context.Context) error {
 // serveOwn serves the workload whose network namespace this process is in, and no other.
 func (p *Proxy) serveOwn(ctx context.Context, w zds.Workload) error {
 	var err error
-	if w.Netns, err = netns.Open("/proc/self/ns/net"); err != nil {
+	// Not the process's: its first thread may have ended in another namespace.
+	if w.Netns, err = netns.Open("/proc/thread-self/ns/net"); err != nil {
 		return err
 	}
 	if err := p.pods.Add(ctx, w); err != nil {

@@ -138,6 +138,44 @@ func TestDialErrors(t *testing.T) {
 	}
 }
 
+// TestSocketsNoticeAPeerThatIsGone: connections in either direction probe an idle peer, and take urgent bytes in line.
+func TestSocketsNoticeAPeerThatIsGone(t *testing.T) {
+	l, err := netns.Listen(nil, "tcp4", netip.MustParseAddrPort("127.0.0.1:0"), 0, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	beginner, err := netns.NewBeginner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer beginner.Close()
+	dialled, _, err := beginner.Begin(nil, netns.DialOptions{}, l.Addr().(*net.TCPAddr).AddrPort())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(dialled)
+	accepted, err := l.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	file, err := accepted.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	for name, fd := range map[string]int{"dialled": dialled, "accepted": int(file.Fd())} {
+		for option, want := range map[[2]int]int{
+			{unix.SOL_SOCKET, unix.SO_KEEPALIVE}: 1, {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE}: 15, {unix.SOL_SOCKET, unix.SO_OOBINLINE}: 1,
+		} {
+			if got, err := unix.GetsockoptInt(fd, option[0], option[1]); err != nil || got != want {
+				t.Errorf("%s: option %v is %d, %v; want %d", name, option, got, err, want)
+			}
+		}
+	}
+}
+
 func TestDialEndsWithItsContext(t *testing.T) {
 	ns := newNetns(t)
 	// The neighbour's hardware address is nobody's, so the SYN is lost.

@@ -140,6 +140,11 @@ func prepare(fd int, opts DialOptions) error {
 		{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1, opts.Source.IsValid() && opts.Source.Port() == 0},
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1, true},
 		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1, true}, // as in Listen
+		// The application's own probes end at the proxy beside it, so the proxy must notice an end that is gone: as Go's own
+		// sockets do.
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1, true},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15, true},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15, true},
 	}
 	if err := setAll(fd, set); err != nil {
 		return err
