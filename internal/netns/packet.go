@@ -36,6 +36,8 @@ func ListenPacket(ns *os.File, addr netip.AddrPort) (*PacketListener, error) {
 	}
 	six := addr.Addr().Is6()
 	err = setAll(fd, []option{
+		// As in Listen: the successor listens on the same port before this process has ended.
+		{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1, addr.Port() != 0},
 		{unix.SOL_SOCKET, unix.SO_MARK, int(ProxyMark), true},
 		{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1, six},
 		{unix.SOL_IP, unix.IP_TRANSPARENT, 1, !six},
