@@ -54,7 +54,7 @@ type Server struct {
 	tunnels  map[*served]struct{}
 	admitted admission
 	draining bool
-	empty    chan struct{}
+	empty    chan struct{} // closed and replaced whenever the last admitted connection leaves
 }
 
 // served is one tunnel of a server.
@@ -133,7 +133,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		events: sv, buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout})
 	if err != nil {
 		s.mu.Lock()
-		s.admitted.leave(peer)
+		s.leave(peer)
 		s.mu.Unlock()
 		return err
 	}
@@ -199,28 +199,32 @@ func (sv *served) ended(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	sv.gone = true
-	s.admitted.leave(sv.peer)
+	delete(s.tunnels, sv)
+	s.leave(sv.peer)
 	if sv.stop != nil {
 		sv.stop()
-	}
-	if _, ok := s.tunnels[sv]; ok {
-		delete(s.tunnels, sv)
-		if len(s.tunnels) == 0 {
-			close(s.empty)
-			s.empty = make(chan struct{})
-		}
 	}
 	if err != nil {
 		s.cfg.Log.Debug("tunnel lost", zap.Error(err))
 	}
 }
 
-// Drain refuses new tunnels, sends GOAWAY on the others and waits until their streams have ended or ctx has.
+// leave takes a connection of a peer out again, and tells Drain of the last. s.mu is held.
+func (s *Server) leave(peer netip.Addr) {
+	s.admitted.leave(peer)
+	if s.admitted.all == 0 {
+		close(s.empty)
+		s.empty = make(chan struct{})
+	}
+}
+
+// Drain refuses new tunnels, sends GOAWAY on the others, also those whose handshake is under way, and waits until their
+// streams have ended or ctx has.
 func (s *Server) Drain(ctx context.Context) error {
 	s.mu.Lock()
 	s.draining = true
-	empty, n := s.empty, len(s.tunnels)
-	ts := make([]tunnel, 0, n)
+	empty, n := s.empty, s.admitted.all
+	ts := make([]tunnel, 0, len(s.tunnels))
 	for sv := range s.tunnels {
 		ts = append(ts, sv.t)
 	}
