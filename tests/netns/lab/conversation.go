@@ -135,7 +135,10 @@ func conversations() []conversation {
 		{name: "nobody listens", client: once(receives), quiet: true},
 		{name: NobodyAnswers, client: with(&net.Dialer{Timeout: 3 * time.Second}, receives), quiet: true},
 		{name: "nobody listens, client speaks", client: once(func(c *net.TCPConn) string {
-			c.Write([]byte("hello"))
+			// A reset that has come already is told once, by whatever is done first.
+			if _, err := c.Write([]byte("hello")); err != nil {
+				return fmt.Sprintf("got 0 (00000000) to %s, ", word(err))
+			}
 			return receives(c)
 		}), quiet: true},
 	}

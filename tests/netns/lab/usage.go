@@ -57,6 +57,9 @@ func (n *Node) mapEntries() (map[string]int, error) {
 				return fmt.Errorf("open map %s: %w", path, err)
 			}
 			defer m.Close()
+			if m.Type() == ebpf.RingBuf { // of one size, and without keys
+				return nil
+			}
 			entries[path], err = countEntries(m)
 			return err
 		})
