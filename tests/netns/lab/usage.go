@@ -57,7 +57,7 @@ func (n *Node) mapEntries() (map[string]int, error) {
 				return fmt.Errorf("open map %s: %w", path, err)
 			}
 			defer m.Close()
-			if m.Type() == ebpf.RingBuf { // of one size, and without keys
+			if t := m.Type(); t == ebpf.RingBuf || t == ebpf.SkStorage { // of one size, or gone with its sockets; without keys
 				return nil
 			}
 			entries[path], err = countEntries(m)
