@@ -151,11 +151,7 @@ func (f *fixture) until(from *lab.Pod, c lab.Call, wanted func(lab.Answer) bool)
 	f.t.Helper()
 	took, err := f.Until(f.ctx, from, c, wanted)
 	f.must(err)
-	limit := time.Second
-	if redirection() == nftables {
-		limit += time.Second // a SYN that meets the exchange of the rules may be lost, and TCP sends it again after a second
-	}
-	if took > limit {
+	if took > time.Second {
 		f.t.Errorf("it took %v until the change was in force", took)
 	}
 }
