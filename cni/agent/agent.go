@@ -110,6 +110,8 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	if a.enrol, err = newEnroller(cfg, log, redirector, host); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
 	c, err := a.openCluster(ctx, group)
 	if err != nil {
@@ -125,6 +127,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		return fmt.Errorf("take over the pods of the agent before: %w", err)
 	}
 	if err := a.serve(ctx, group); err != nil {
+		cancel() // what runs already would be waited for without end
 		return errors.Join(err, group.Wait())
 	}
 	group.Go(func() error { return a.start(ctx) })

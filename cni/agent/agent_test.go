@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -56,6 +58,31 @@ func TestPodStartsInTheMesh(t *testing.T) {
 	}
 	if _, ok := proxy.workload(in.uid); ok {
 		t.Error("the proxy still has the deleted pod")
+	}
+}
+
+// An agent whose port somebody else has says so and ends, so that it is started again.
+func TestAgentEndsWhenItCannotListen(t *testing.T) {
+	n := newNode(t)
+	n.stop()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for _, listener := range []string{"health", "metrics"} {
+		cfg := n.cfg
+		if listener == "health" {
+			cfg.HealthAddr = taken.Addr().String()
+		} else {
+			cfg.MetricsAddr = taken.Addr().String()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		err := Run(ctx, cfg, zap.NewNop())
+		if !errors.Is(err, syscall.EADDRINUSE) || ctx.Err() != nil {
+			t.Errorf("with the address for %s taken, it ended with %v, %v", listener, err, ctx.Err())
+		}
+		cancel()
 	}
 }
 

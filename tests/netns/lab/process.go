@@ -95,7 +95,8 @@ func (p *process) stop(patience time.Duration) error {
 	}
 }
 
-// waitFor polls ready until it returns nil; it fails when the program ends before that, with the end of its log.
+// waitFor polls ready until it returns nil; it fails when the program ends before that, with the end of its log, or when ctx
+// does, and then ends the program, so that its log has the stacks of all its goroutines.
 func (p *process) waitFor(ctx context.Context, ready func(context.Context) error) error {
 	for {
 		err := ready(ctx)
@@ -106,10 +107,31 @@ func (p *process) waitFor(ctx context.Context, ready func(context.Context) error
 		case <-p.done:
 			return fmt.Errorf("%s ended (%v); %s", p.name, p.cmd.ProcessState, p.tail())
 		case <-ctx.Done():
-			return fmt.Errorf("%s is not ready: %w; %s", p.name, errors.Join(ctx.Err(), err), p.tail())
+			end := p.tail()
+			return fmt.Errorf("%s is not ready: %w; %s\n%s", p.name, errors.Join(ctx.Err(), err), end, p.stacks())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// stacks ends a program that hangs and returns the stacks of its goroutines, which SIGQUIT makes it write to its log. A
+// program that is none of Go's writes nothing.
+func (p *process) stacks() string {
+	before, err := os.Stat(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	p.cmd.Process.Signal(syscall.SIGQUIT)
+	select {
+	case <-p.done:
+	case <-time.After(10 * time.Second):
+		p.kill()
+	}
+	text, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("what %s was doing:\n%s", p.name, text[min(before.Size(), int64(len(text))):])
 }
 
 func (p *process) tail() string { return tail(p.log) }
