@@ -177,8 +177,12 @@ func (t *goTunnel) fail(err error) {
 	t.ready, t.blocked = nil, nil
 	t.window.close()
 	t.work.Broadcast()
-	go sayGoodbye(t.nc, t.takeOutput(nil)) // which may wait for a peer that does not read
-	t.tc.events.ended(err)
+	t.tc.events.draining()
+	last := t.takeOutput(nil)
+	go func() { // which may wait for a peer that does not read
+		sayFarewell(t.nc, last)
+		t.tc.events.ended(err)
+	}()
 }
 
 // checkAlive asks a silent peer for a sign of life, and gives up on one that gave none.
@@ -293,16 +297,6 @@ func (t *goTunnel) read() {
 		t.work.Signal()
 		t.mu.Unlock()
 	}
-}
-
-// sayGoodbye sends what waits, such as the GOAWAY that says what the peer did wrong, if it can be sent soon, and closes the
-// connection.
-func sayGoodbye(nc net.Conn, last []byte) {
-	_ = nc.SetWriteDeadline(time.Now().Add(time.Second))
-	if len(last) > 0 {
-		_, _ = nc.Write(last) // the connection is given up in any case
-	}
-	nc.Close()
 }
 
 // feed runs the machine over b and acts on its events. mu is held.

@@ -80,8 +80,8 @@ type tunnelConfig struct {
 type tunnelEvents interface {
 	incoming(in *Incoming) // server: a CONNECT arrived
 	limit(n int)           // client: the peer allows n streams at once
-	draining()             // the peer takes no new streams
-	ended(err error)       // the tunnel is gone, with all its streams; called once, last
+	draining()             // the tunnel takes no new streams
+	ended(err error)       // the tunnel is gone, with its streams and its connection; called once, last
 }
 
 // tunnel is the driver's side of one connection between two proxies. All methods may be called from any goroutine.

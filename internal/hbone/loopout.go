@@ -167,14 +167,3 @@ func (t *loopTunnel) wakeSpace() {
 		t.poke(s) // not at once: this may run in the middle of another stream's pump
 	}
 }
-
-// goodbye sends what the peer should know at the end, as far as the socket takes it at once.
-func (t *loopTunnel) goodbye(err error) {
-	t.control()
-	t.seal()
-	if t.full || len(t.m.Output()) > 0 {
-		return // what lies before it does not fit either
-	}
-	out := t.rec.AppendAlert(t.buf[t.sent:t.sealed:t.sealed], err)
-	loop.Write(t.fd, out)
-}

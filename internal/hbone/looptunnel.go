@@ -457,13 +457,13 @@ func (t *loopTunnel) lost(err error) {
 	t.fail(err)
 }
 
-// fail ends the tunnel and its streams; nil is a quiet end. What the peer should know goes with it as far as the socket
-// takes it: GOAWAY, the alert for a bad record, close_notify.
+// fail ends the tunnel and its streams; nil is a quiet end. What the peer should know is still sent: GOAWAY, the alert for a
+// bad record, close_notify.
 func (t *loopTunnel) fail(err error) {
 	if t.dead {
 		return
 	}
-	t.goodbye(err)
+	last := t.lastWords(err)
 	t.dead, t.err = true, err
 	if t.timer != nil {
 		t.timer.Stop()
@@ -474,12 +474,12 @@ func (t *loopTunnel) fail(err error) {
 	}
 	t.m.Each(func(ms *machine.Stream) { t.endStream(ms.User.(*Stream), &TunnelError{Err: lost}) })
 	t.spaceApps, t.spaceStreams, t.windowApps, t.blocked, t.tail = nil, nil, nil, nil, nil
-	t.w.loop.Close(t.fd)
 	t.window.close()
 	t.rec.Clear()
 	if t.buf != nil {
 		t.w.freeSendBuffer(t.buf)
 		t.buf = nil
 	}
-	t.tc.events.ended(err)
+	t.tc.events.draining()
+	t.w.sayFarewell(t.fd, last, func() { t.tc.events.ended(err) })
 }

@@ -132,6 +132,13 @@ func (l *Loop) Add(fd int, h Handler) error {
 	return nil
 }
 
+// Replace gives fd, which was added, another handler. A descriptor that was not added, or is closed, stays as it is.
+func (l *Loop) Replace(fd int, h Handler) {
+	if fd < len(l.slots) && l.slots[fd].h != nil {
+		l.slots[fd].h = h
+	}
+}
+
 // Close closes fd, whether or not it was added; its handler is not called again.
 func (l *Loop) Close(fd int) {
 	if fd < len(l.slots) {

@@ -47,6 +47,19 @@ func result(n, _ uintptr, e syscall.Errno) (int, syscall.Errno) {
 // ShutdownWrite is shutdown(2) of the writing half. An error means that the connection is gone, which its events tell.
 func ShutdownWrite(fd int) { unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
 
+// Discard takes up to n bytes that fd has received without copying them (MSG_TRUNC of tcp(7)).
+func Discard(fd, n int) (int, syscall.Errno) {
+	return result(unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), 0, uintptr(n), unix.MSG_TRUNC, 0, 0))
+}
+
+// Unacknowledged is how many bytes sent on fd its peer has not acknowledged (SIOCOUTQ of tcp(7)), 0 for a connection that
+// is gone.
+func Unacknowledged(fd int) int {
+	var n int32
+	unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	return int(n)
+}
+
 // LingerZero makes the close of fd a TCP reset.
 func LingerZero(fd int) {
 	l := unix.Linger{Onoff: 1}
