@@ -71,13 +71,17 @@ func nftPresent(cfg Config) (present bool, err error) {
 	return present, err
 }
 
+// prepare also keeps the application's answers to the proxy in the pod, which may call it as soon as it has listeners.
 func (n *nft) prepare(pod Pod, _ uint64) error {
 	rules := n.plan(pod)
-	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
+	if err := netns.Do(pod.Netns, func() error { return errors.Join(ensure(rules), beginTable(releasedChains())) }); err != nil {
 		return fmt.Errorf("prepare the pod's network namespace: %w", err)
 	}
 	return nil
 }
+
+// releasedChains redirect nothing, and let redirected connections go on.
+func releasedChains() []Chain { return Plan(PodConfig{Mode: NFTables, Released: true}).Chains }
 
 func (n *nft) plan(pod Pod) Rules {
 	return Plan(PodConfig{Mode: NFTables, IPs: pod.IPs, Exclude: pod.Exclude})
@@ -129,8 +133,7 @@ func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 func (n *nft) release(cookie uint64, ns *os.File) error {
 	var errs []error
 	if ns != nil {
-		released := Plan(PodConfig{Mode: NFTables, Released: true}).Chains
-		errs = append(errs, netns.Do(ns, func() error { return replaceChains(released) }))
+		errs = append(errs, netns.Do(ns, func() error { return replaceChains(releasedChains()) }))
 	}
 	return errors.Join(append(errs, n.forget(func(other uint64) bool { return other == cookie }))...)
 }

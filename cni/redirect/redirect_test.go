@@ -322,32 +322,40 @@ func TestInbound(t *testing.T) {
 	}
 }
 
+// TestProxyToApplicationKeepsTheClientsAddress also has the proxy call as soon as the pod is prepared, before anything is
+// redirected: that is when it has listeners, and others may know of them.
 func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
 	for _, f := range families {
-		t.Run(f.name, func(t *testing.T) {
-			l := newLab(t, f.mode)
-			l.ensure(t, pod4, pod6)
-			taken := make(chan accepted, 16)
-			l.proxy(t, taken)
-			listen(t, "app", l.pod, f.anyPort(8080), taken)
-			opts := netns.DialOptions{Source: f.at(f.remote, 0), Mark: netns.RedirectMark, Device: "lo", Transparent: true}
-			if f.mode == redirect.NFTables {
-				opts.Mark, opts.Device = netns.ProxyMark, ""
-			}
-			conn, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 8080))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			a := next(t, taken)
-			if a.by != "app" || a.remote.Addr() != f.remote || a.local != f.at(f.pod, 8080) {
-				t.Errorf("taken by %s from %v to %v", a.by, a.remote, a.local)
-			}
-			exchange(t, conn, a.conn)
-			if _, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 4321)); !errors.Is(err, syscall.ECONNREFUSED) {
-				t.Errorf("a port nobody serves: %v, want ECONNREFUSED", err)
-			}
-		})
+		for name, begin := range map[string]func(*lab) error{
+			"prepared": func(l *lab) error { _, err := l.redirector.Prepare(t.Context(), l.podOf(pod4, pod6)); return err },
+			"captured": func(l *lab) error { _, err := l.redirector.Ensure(t.Context(), l.podOf(pod4, pod6)); return err },
+		} {
+			t.Run(f.name+"/"+name, func(t *testing.T) {
+				l := newLab(t, f.mode)
+				if err := begin(l); err != nil {
+					t.Fatal(err)
+				}
+				taken := make(chan accepted, 16)
+				listen(t, "app", l.pod, f.anyPort(8080), taken)
+				opts := netns.DialOptions{Source: f.at(f.remote, 0), Mark: netns.RedirectMark, Device: "lo", Transparent: true}
+				if f.mode == redirect.NFTables {
+					opts.Mark, opts.Device = netns.ProxyMark, ""
+				}
+				conn, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 8080))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				a := next(t, taken)
+				if a.by != "app" || a.remote.Addr() != f.remote || a.local != f.at(f.pod, 8080) {
+					t.Errorf("taken by %s from %v to %v", a.by, a.remote, a.local)
+				}
+				exchange(t, conn, a.conn)
+				if _, err := netns.Dial(soon(t), l.pod, opts, f.at(f.pod, 4321)); !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("a port nobody serves: %v, want ECONNREFUSED", err)
+				}
+			})
+		}
 	}
 }
 

@@ -40,6 +40,18 @@ func ensureChains(chains []Chain) error {
 	return nil
 }
 
+// beginTable is ensureChains where there is no table yet, and nothing elsewhere.
+func beginTable(chains []Chain) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	if exists, err := hasTable(conn); err != nil || exists {
+		return err
+	}
+	return ensureChains(chains)
+}
+
 // replaceChains is ensureChains where there is a table already, and nothing elsewhere.
 func replaceChains(chains []Chain) error {
 	conn, err := nftables.New()
