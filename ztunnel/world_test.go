@@ -211,7 +211,7 @@ func (w *world) pod(name string, number int) *pod {
 				return err
 			}
 		}
-		return nil
+		return testenv.Settle("eth0", p.ip4, p.ip6)
 	}))
 	return p
 }

@@ -151,29 +151,7 @@ func connectNetns(t testing.TB, host, pod *os.File) {
 	}
 	for i, end := range ends {
 		must(netns.Do(end.ns, func() error { return know(end.device, ends[1-i].addrs, ends[1-i].mac) }))
-		must(netns.Do(end.ns, func() error { return awaitUp(end.device, end.addrs) }))
-	}
-}
-
-// awaitUp waits until a device is connected and its addresses are in use. The kernel does both later than it was asked: it
-// looks for the former once a second at worst, and adds IPv6 addresses in a work queue.
-func awaitUp(device string, addrs []netip.Addr) error {
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		link, err := netlink.LinkByName(device)
-		if err != nil {
-			return err
-		}
-		up := link.Attrs().OperState == netlink.OperUp
-		for _, a := range addrs {
-			routes, err := netlink.RouteGet(a.AsSlice())
-			up = up && err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
-		}
-		if up {
-			return nil
-		}
-		if time.Now().After(end) {
-			return fmt.Errorf("device %s is not in use after 10 s", device)
-		}
+		must(netns.Do(end.ns, func() error { return testenv.Settle(end.device, end.addrs...) }))
 	}
 }
 

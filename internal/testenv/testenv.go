@@ -4,11 +4,16 @@
 package testenv
 
 import (
+	"fmt"
+	"net/netip"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/features"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Require skips (or, where everything is required, fails) the test unless ok; what names the missing thing.
@@ -45,4 +50,27 @@ func RequireEnv(t testing.TB, name, what string) string {
 		t.Skipf("%s is not set: it names %s", name, what)
 	}
 	return v
+}
+
+// Settle waits until a device of the calling thread's network namespace is connected and its addresses are in use, 10 s at
+// most. The kernel does both later than it was asked: it looks for the former once a second at worst, and adds IPv6
+// addresses in a work queue.
+func Settle(device string, addrs ...netip.Addr) error {
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		link, err := netlink.LinkByName(device)
+		if err != nil {
+			return err
+		}
+		settled := link.Attrs().OperState == netlink.OperUp
+		for _, a := range addrs {
+			routes, err := netlink.RouteGet(a.AsSlice())
+			settled = settled && err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+		}
+		if settled {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("device %s is not in use after 10 s", device)
+		}
+	}
 }

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // switchName is the bridge of the control namespace; istiod-lite listens on its addresses.
@@ -151,7 +153,7 @@ func addressPod(addrs, gateways []netip.Addr) error {
 			return fmt.Errorf("add default route via %s: %w", gw, err)
 		}
 	}
-	return nil
+	return testenv.Settle("eth0", addrs...)
 }
 
 // addAddresses adds addresses with a prefix length for each family, usable at once (no duplicate address detection).

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // Node stands for a machine of a cluster: a network namespace on the switch, a mount namespace with a /run and a BPF
@@ -154,6 +156,9 @@ func mountHosts(file string) error {
 
 // route tells the node where the other nodes' pods are.
 func (n *Node) route() error {
+	if err := testenv.Settle("eth0", n.Addrs...); err != nil {
+		return err
+	}
 	for other := range n.world.opts.Nodes {
 		if other == n.index {
 			continue
