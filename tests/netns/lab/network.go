@@ -34,12 +34,17 @@ func enterControl() error {
 	return upAll("lo", switchName)
 }
 
+// programPorts are those that the mesh's programs listen on. A client that waits for one of them must not be given its port for
+// its own end: it would be connected to itself, and the program could not listen.
+const programPorts = "8000,15000-15099,16000-16099"
+
 // routerSysctls prepares the calling thread's network namespace to forward between its links.
 func routerSysctls() error {
 	for path, value := range map[string]string{
 		"ipv4/ip_forward":                        "1",
 		"ipv6/conf/all/forwarding":               "1",
 		"ipv4/ip_local_port_range":               "2048 60999",
+		"ipv4/ip_local_reserved_ports":           programPorts,
 		"ipv6/conf/default/accept_dad":           "0",
 		"ipv6/conf/default/router_solicitations": "0",
 	} {
