@@ -2,7 +2,9 @@ package netns
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -135,37 +137,86 @@ func TestUpgradeControl(t *testing.T) {
 	}
 }
 
+// connectsDuringUpgrades is how many connects a test makes each way; docs/upgrades.md tells of a run with 100,000.
+const connectsDuringUpgrades = 2000
+
 // TestConnectsDuringUpgrades counts connects while the proxy of the client's node is replaced again and again.
 func TestConnectsDuringUpgrades(t *testing.T) {
 	f := newFixture(t, ambient)
 	for _, to := range []*lab.Pod{f.v1, f.near} {
-		done := make(chan lab.Answer, 1)
-		go func() {
-			c := lab.Call{To: to.Addr(lab.PortTCP, false), Size: 10, Count: 2000, Timeout: 10 * time.Second}
-			a, err := f.web.Call(f.ctx, c)
-			if err != nil {
-				t.Error(err)
+		f.wantEveryConnect(to, func() { f.must(f.Nodes[0].ReplaceZtunnel(f.ctx)) })
+	}
+}
+
+// TestConnectsDuringAgentUpgrades counts connects while the agents of both nodes, and with them the programs in the kernel, are
+// replaced again and again, and with each the redirection of both pods: their maps, their rules, their chains.
+func TestConnectsDuringAgentUpgrades(t *testing.T) {
+	f := newFixture(t, ambient)
+	ends := map[*lab.Node]*lab.Pod{f.Nodes[0]: f.web, f.Nodes[1]: f.v1}
+	round := 0
+	for _, to := range []*lab.Pod{f.v1, f.near} {
+		f.wantEveryConnect(to, func() {
+			round++
+			for n, p := range ends {
+				n.KillAgent()
+				f.must(n.StartAgent(f.ctx))
+				port := fmt.Sprint(20000 + round)
+				f.must(p.Annotate(map[string]string{"traffic.sidecar.istio.io/excludeOutboundPorts": port, "traffic.sidecar.istio.io/excludeInboundPorts": port}))
+				f.awaitExclusion(n, p, port)
 			}
-			done <- a
-		}()
-		var a lab.Answer
-		replaced := 0
-		for len(a.Attempts) == 0 {
-			f.must(f.Nodes[0].ReplaceZtunnel(f.ctx))
-			replaced++
-			select {
-			case a = <-done:
-			default:
+		})
+	}
+}
+
+// awaitExclusion waits until an agent redirects a pod anew, with another exclusion.
+func (f *fixture) awaitExclusion(n *lab.Node, p *lab.Pod, port string) {
+	f.t.Helper()
+	for {
+		record, err := n.AgentRecord(p)
+		f.must(err)
+		if strings.Contains(record, port) {
+			return
+		}
+		select {
+		case <-f.ctx.Done():
+			f.t.Fatalf("the agent of %s does not exclude port %s of %s: %s", n.Name, port, p.Name, record)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// wantEveryConnect connects from web to a pod while replace is called, one call after the other, and wants none to fail.
+func (f *fixture) wantEveryConnect(to *lab.Pod, replace func()) {
+	f.t.Helper()
+	done := make(chan lab.Answer, 1)
+	go func() {
+		c := lab.Call{To: to.Addr(lab.PortTCP, false), Size: 10, Count: connectsDuringUpgrades, Timeout: 10 * time.Second}
+		a, err := f.web.Call(f.ctx, c)
+		if err != nil {
+			f.t.Error(err)
+		}
+		done <- a
+	}()
+	var a lab.Answer
+	replaced := 0
+	for len(a.Attempts) == 0 {
+		replace()
+		replaced++
+		select {
+		case a = <-done:
+		default:
+		}
+	}
+	failed := 0
+	for i, attempt := range a.Attempts {
+		if !attempt.OK() {
+			if failed++; failed < 5 {
+				f.t.Errorf("%s, connect %d: %s", to.Name, i, attempt.Error)
 			}
 		}
-		failed := 0
-		for i, attempt := range a.Attempts {
-			if !attempt.OK() {
-				if failed++; failed < 5 {
-					t.Errorf("%s, connect %d: %s", to.Name, i, attempt.Error)
-				}
-			}
-		}
-		t.Logf("%s: %d connects, %d failed, during %d replacements", to.Name, len(a.Attempts), failed, replaced)
+	}
+	f.t.Logf("%s: %d connects, %d failed, during %d replacements", to.Name, len(a.Attempts), failed, replaced)
+	if len(a.Attempts) != connectsDuringUpgrades {
+		f.t.Errorf("%s: %d connects, want %d", to.Name, len(a.Attempts), connectsDuringUpgrades)
 	}
 }
