@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the tunnel side by side with its peers, on two nodes made of network namespaces; root. The table, a plot and the
 # raw figures go to out/bench/. Everything is taken away again, also after a failure.
-#   hack/bench.sh                            all tests, three times; about 8 minutes with both peers
+#   hack/bench.sh                            all tests, three times; about 9 minutes with both peers
 #   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
 #   hack/bench.sh --doc docs/benchmarks.md   writes the tables and the plot into that document as well
 #   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables; about 2 minutes

@@ -15,6 +15,10 @@ import (
 // bulkRead is how much one read must have given for the next one to fill several records, in bytes.
 const bulkRead = 8 << 10
 
+// bulkReserve is the room in a tunnel's buffer, behind the record in use, that applications which send much leave to those
+// that do not and to control frames, in bytes.
+const bulkReserve = ctlSize/2 + bulkSpare*recordSize
+
 // loopApp is an application's socket relayed over a stream. It belongs to the loop's goroutine.
 type loopApp struct {
 	w    *worker
@@ -26,11 +30,13 @@ type loopApp struct {
 	// application to stream
 	readable    bool // there may be bytes: not seen EAGAIN or a short read since the last event
 	hup, broken bool // the socket reported an end; an error
-	reading     bool // on worker.readApps
+	reading     bool // on worker.readApps, or to read when worker.bulk comes to it
+	draining    bool // to write from the queue when worker.bulk comes to it
+	queued      bool // on worker.bulk
 	waitsSpace  bool // on loopTunnel.spaceApps
 	waitsWindow bool // on loopTunnel.windowApps
 	behind      bool // what was given to Write before the relay is not sent yet
-	bulk        bool
+	bulk        bool // the last read gave much
 	outEnd      bool // END_STREAM is sent
 
 	// stream to application
@@ -100,23 +106,55 @@ func (a *loopApp) Ready(events uint32) {
 		a.w.markApp(a)
 	}
 	if events&loop.Out != 0 && len(a.queue) > 0 {
-		a.drain()
+		a.draining = true
+		a.enqueue()
 	}
 }
 
-// markApp puts a on the list of those to read in this or the next turn.
+// markApp puts a on the list of those to read in this or a later turn.
 func (w *worker) markApp(a *loopApp) {
 	if a.readable && !a.reading && !a.outEnd && !a.closed {
 		a.reading = true
-		w.readApps = append(w.readApps, a)
+		if a.bulk {
+			a.enqueue()
+		} else {
+			w.readApps = append(w.readApps, a)
+		}
 	}
 }
 
-// read takes what the application has sent, straight into the tunnel's records.
-func (a *loopApp) read() {
+func (a *loopApp) enqueue() {
+	if !a.queued && !a.closed {
+		a.queued = true
+		a.w.bulk.push(a)
+	}
+}
+
+// share implements bulkCarrier.
+func (a *loopApp) share() (n int) {
+	drain, read := a.draining, a.reading && a.bulk
+	a.queued, a.draining = false, false
+	if a.closed || a.t.dead {
+		drain = false
+	}
+	if drain {
+		n += a.drain()
+	}
+	if read {
+		a.reading = false
+		n += a.read()
+	}
+	return n
+}
+
+// read takes what the application has sent, straight into the tunnel's records, and says how much of it.
+func (a *loopApp) read() (total int) {
 	t := a.t
 	for a.readable && !a.outEnd && !a.closed && !t.dead && !a.behind {
-		window := a.s.ms.Window()
+		window, reserve := a.s.ms.BulkWindow(), bulkReserve
+		if !a.bulk {
+			window, reserve = max(window, min(a.s.ms.Window(), bulkRead)), ctlSize/2
+		}
 		if window == 0 {
 			if a.broken {
 				a.failBroken()
@@ -124,14 +162,14 @@ func (a *loopApp) read() {
 				a.waitsWindow = true
 				t.windowApps = append(t.windowApps, a)
 			}
-			return
+			return total
 		}
-		if !t.room() {
+		if !t.room(reserve) {
 			if !t.dead && !a.waitsSpace {
 				a.waitsSpace = true
 				t.spaceApps = append(t.spaceApps, a)
 			}
-			return
+			return total
 		}
 		n, want, errno := a.readInto(window)
 		switch {
@@ -139,26 +177,28 @@ func (a *loopApp) read() {
 			continue
 		case errno == syscall.EAGAIN:
 			a.readable = false
-			return
+			return total
 		case errno != 0:
 			a.fail(errno)
-			return
+			return total
 		case n == 0:
 			a.end()
-			return
+			return total
 		}
+		total += n
 		a.s.sent.Add(int64(n))
 		a.frame(n)
 		a.bulk = n >= bulkRead
 		if n < want && !a.hup {
 			a.readable = false
-			return
+			return total
 		}
 		if a.bulk { // one turn for each
 			a.w.markApp(a)
-			return
+			return total
 		}
 	}
+	return total
 }
 
 // readInto reads into the open record and, when the application sends much, into those that will follow it.
@@ -171,12 +211,11 @@ func (a *loopApp) readInto(window int) (n, want int, errno syscall.Errno) {
 		return n, want, errno
 	}
 	const most = tlsrecord.MaxPlain - machine.HeaderLen
-	const record = tlsrecord.HeaderLen + tlsrecord.MaxPlain + tlsrecord.TailLen
 	iov := a.w.iov[:1]
 	iov[0].Base = &t.buf[first]
 	iov[0].SetLen(want)
 	window = min(window, sendSize) - want
-	for at := t.recordEnd() + tlsrecord.TailLen; window > 0 && len(iov) < len(a.w.iov) && len(t.buf)-at >= record+ctlSize/2; at += record {
+	for at := t.recordEnd() + tlsrecord.TailLen; window > 0 && len(iov) < len(a.w.iov) && len(t.buf)-at >= recordSize+bulkReserve; at += recordSize {
 		k := min(window, most)
 		iov = iov[:len(iov)+1]
 		iov[len(iov)-1].Base = &t.buf[at+tlsrecord.HeaderLen+machine.HeaderLen]
@@ -335,9 +374,14 @@ func (a *loopApp) took(n int) {
 	}
 }
 
-// drain writes from the queue.
-func (a *loopApp) drain() {
+// drain writes a share of the queue and says how much of it.
+func (a *loopApp) drain() (total int) {
 	for len(a.queue) > 0 {
+		if total >= bulkTurn {
+			a.draining = true
+			a.enqueue()
+			return total
+		}
 		k := min(len(a.queue), len(a.w.iov))
 		want := 0
 		for i, p := range a.queue[:k] {
@@ -350,13 +394,14 @@ func (a *loopApp) drain() {
 			continue
 		}
 		if errno == syscall.EAGAIN {
-			return
+			return total
 		}
 		if errno != 0 {
 			a.fail(errno)
-			return
+			return total
 		}
 		a.took(n)
+		total += n
 		short := n < want
 		gone := 0
 		for n > 0 && n >= len(a.queue[gone].b) {
@@ -371,11 +416,12 @@ func (a *loopApp) drain() {
 		clear(a.queue[rest:])
 		a.queue = a.queue[:rest]
 		if short {
-			return
+			return total
 		}
 	}
 	a.queue = nil
 	a.wrote()
+	return total
 }
 
 // wrote passes the peer's half close on when all before it is written.

@@ -24,18 +24,19 @@ func (t *loopTunnel) mark() {
 	}
 }
 
-// room makes sure of an open record with room for a frame, after all control frames; false when the buffer is full.
-func (t *loopTunnel) room() bool {
+// room makes sure of an open record with room for a frame, after all control frames, with reserve bytes of the buffer left
+// behind the record; false when the buffer is full.
+func (t *loopTunnel) room(reserve int) bool {
 	if t.open && t.recordEnd()-t.fill < leastFrame {
 		t.seal()
 	}
-	if t.control() && t.begin(ctlSize/2) {
+	if t.control() && t.begin(reserve) {
 		return true
 	}
 	if t.full || !t.flush() || t.dead {
 		return false
 	}
-	return t.control() && t.begin(ctlSize/2)
+	return t.control() && t.begin(reserve)
 }
 
 // begin opens a record if none is open; false when the buffer cannot take a whole one and reserve bytes more.

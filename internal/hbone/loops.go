@@ -21,7 +21,13 @@ const (
 	ctlSize   = 48 << 10  // room that application bytes leave to control frames
 	maxPinned = 32        // read buffers that slow applications may keep from being used again, per loop
 	freeList  = 8         // buffers of each kind that a loop keeps for reuse
+	bulkSpare = 2         // records of a tunnel's buffer that applications which send much leave to the others
+	fullRead  = 64 << 10  // a tunnel of which one read gave so much has to wait for its turn
+	bulkTurn  = 256 << 10 // bytes of those that have to wait that one turn carries, or a little more
 )
+
+// recordSize is a full record with its header and tail, in bytes.
+const recordSize = tlsrecord.HeaderLen + tlsrecord.MaxPlain + tlsrecord.TailLen
 
 // Loops is the driver of event loops: a tunnel and the application sockets relayed over it belong to one of n loops, which
 // does their records, frames and system calls without a goroutine or a lock per connection. n = 0 means one per two
@@ -94,8 +100,9 @@ type worker struct {
 	start time.Time
 	now   time.Duration // since start, at the beginning of the turn
 
-	readTunnels, spareTunnels []*loopTunnel // may have bytes to read
-	readApps, spareApps       []*loopApp    // may have bytes to read, and their tunnel takes them
+	readTunnels, spareTunnels []*loopTunnel // may have a little to read
+	readApps, spareApps       []*loopApp    // may have a little to read, and their tunnel takes it
+	bulk                      bulkQueue     // who reads or writes much: one after the other, a few in a turn
 	fed                       []*loopApp    // got DATA of the read buffer in use
 	dirty                     []*loopTunnel // have output
 
@@ -112,8 +119,36 @@ type readBuf struct {
 	refs int
 }
 
-// turn is one round over all that is ready: tunnels are read and their DATA written to the applications, applications
-// are read into their tunnels' records, and each tunnel with output is sent once.
+// bulkQueue is who has much to carry, in the order of their turns.
+type bulkQueue struct {
+	waiting []bulkCarrier
+	next    int
+}
+
+// bulkCarrier is a tunnel or an application's socket that has much to carry. share carries one share of it and says how
+// many bytes that were; what has more after that queues again.
+type bulkCarrier interface{ share() int }
+
+func (q *bulkQueue) push(b bulkCarrier) { q.waiting = append(q.waiting, b) }
+
+func (q *bulkQueue) empty() bool { return q.next == len(q.waiting) }
+
+func (q *bulkQueue) pop() bulkCarrier {
+	b := q.waiting[q.next]
+	q.waiting[q.next] = nil
+	if q.next++; q.empty() {
+		q.waiting, q.next = q.waiting[:0], 0
+	} else if q.next >= 1024 { // it may never be empty
+		rest := copy(q.waiting, q.waiting[q.next:])
+		clear(q.waiting[rest:])
+		q.waiting, q.next = q.waiting[:rest], 0
+	}
+	return b
+}
+
+// turn is one round over what is ready: tunnels are read and their DATA written to the applications, applications are
+// read into their tunnels' records, and each tunnel with output is sent once. Who has little to carry is served at once;
+// those who have much take turns, of which only so many fit in one round that new arrivals do not wait for long.
 func (w *worker) turn() (more bool) {
 	w.now = time.Since(w.start)
 	ts := w.readTunnels
@@ -132,6 +167,15 @@ func (w *worker) turn() (more bool) {
 		a.read()
 	}
 	w.spareApps = as
+	for left := bulkTurn; left > 0 && !w.bulk.empty(); {
+		left -= w.bulk.pop().share()
+	}
+	w.flush()
+	return len(w.readTunnels)+len(w.readApps) > 0 || !w.bulk.empty()
+}
+
+// flush sends what the tunnels have.
+func (w *worker) flush() {
 	for len(w.dirty) > 0 {
 		ds := w.dirty
 		w.dirty = nil
@@ -144,7 +188,6 @@ func (w *worker) turn() (more bool) {
 			w.dirty = ds[:0]
 		}
 	}
-	return len(w.readTunnels)+len(w.readApps) > 0
 }
 
 func (w *worker) buffer() *readBuf {
@@ -187,8 +230,8 @@ func (w *worker) sendBuffer() []byte {
 		w.outFree = w.outFree[:n-1]
 		return b
 	}
-	records := sendSize/tlsrecord.MaxPlain + 1
-	return make([]byte, records*(tlsrecord.HeaderLen+tlsrecord.MaxPlain+tlsrecord.TailLen)+ctlSize)
+	const records = sendSize/tlsrecord.MaxPlain + 1 + bulkSpare
+	return make([]byte, records*recordSize+ctlSize)
 }
 
 func (w *worker) freeSendBuffer(b []byte) {

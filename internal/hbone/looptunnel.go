@@ -27,7 +27,8 @@ type loopTunnel struct {
 	m    *machine.Conn
 
 	tail    []byte // an incomplete record
-	reading bool   // on worker.readTunnels
+	reading bool   // on worker.readTunnels or worker.bulk
+	bulk    bool   // the last read gave much
 	hup     bool   // the socket reported an end: a short read no longer means that it is drained
 
 	// Output: buf[sent:sealed] are records on their way, buf[sealed:] is a record that is being filled up to fill when open.
@@ -44,6 +45,7 @@ type loopTunnel struct {
 
 	life   liveness
 	window window
+	pace   pace
 	timer  *time.Timer
 	dead   bool // it does nothing any more: ended, or standing still for another process (errFrozen)
 	err    error
@@ -70,6 +72,8 @@ func (t *loopTunnel) register() {
 		t.fail(err)
 		return
 	}
+	t.pace = pace{bound: firstUnderWay, since: t.w.now}
+	t.m.BoundUnderWay(t.pace.bound)
 	t.life = liveness{interval: t.tc.ping, wait: t.tc.pingWait, heard: time.Now()}
 	if t.tc.ping > 0 {
 		t.timer = time.AfterFunc(t.tc.ping, func() { t.w.loop.Post(t.checkAlive) })
@@ -206,7 +210,7 @@ func (t *loopTunnel) serve(s *Stream) {
 func (t *loopTunnel) pump(s *Stream) {
 	behind := false
 	for more := true; more && !t.dead; {
-		if !t.room() {
+		if !t.room(ctlSize / 2) {
 			t.spaceStreams = append(t.spaceStreams, s)
 			behind = true
 			break
@@ -251,41 +255,50 @@ func (t *loopTunnel) Ready(events uint32) {
 func (t *loopTunnel) markReading() {
 	if !t.reading && !t.dead {
 		t.reading = true
-		t.w.readTunnels = append(t.w.readTunnels, t)
+		if t.bulk {
+			t.w.bulk.push(t)
+		} else {
+			t.w.readTunnels = append(t.w.readTunnels, t)
+		}
 	}
 }
 
-// read takes one buffer full from the socket, opens its records and passes on what is in them.
-func (t *loopTunnel) read() {
+// share implements bulkCarrier.
+func (t *loopTunnel) share() int {
+	t.reading = false
+	return t.read()
+}
+
+// read takes one buffer full from the socket, opens its records and passes on what is in them; it says how much it took.
+func (t *loopTunnel) read() int {
 	if t.dead {
-		return
+		return 0
 	}
 	r := t.w.buffer()
 	kept := copy(r.b, t.tail)
 	n, errno := loop.Read(t.fd, r.b[kept:min(len(r.b), kept+readSize)])
+	t.bulk = n >= fullRead
 	switch {
 	case errno == syscall.EAGAIN:
 		if !t.wholeRecord() {
-			return
+			return 0
 		}
 	case errno == syscall.EINTR:
 		t.markReading()
-		return
+		return 0
 	case errno != 0:
 		t.fail(errno)
-		return
+		return 0
 	case n == 0:
 		t.lost(io.EOF)
-		return
+		return 0
 	case n == readSize || t.hup:
 		t.markReading()
 	}
 	t.life.heard = t.w.start.Add(t.w.now)
 	t.m.Advance(t.w.now)
 	rest, err := t.records(r.b[:kept+n])
-	if more := t.window.got(n); more > 0 {
-		t.m.Grow(more)
-	}
+	t.adapt(n)
 	t.w.feedApps(r)
 	t.tail = append(t.tail[:0], rest...)
 	if len(rest) == 0 {
@@ -296,6 +309,7 @@ func (t *loopTunnel) read() {
 	if err != nil {
 		t.lost(err)
 	}
+	return n
 }
 
 // wholeRecord says that tail holds a record already: what was read ahead during the handshake.

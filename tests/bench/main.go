@@ -118,7 +118,7 @@ func parseOptions(args []string) (options, error) {
 	var lanes, names string
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.StringVar(&lanes, "lanes", "direct,fairlead,envoy,ztunnel", "lanes, of "+strings.Join(laneNames(), ","))
-	f.StringVar(&names, "tests", "bulk1,bulk8,request64,pingpong,connect16,node-bulk1,node-pingpong,memory", "tests, of "+strings.Join(append(testNames(), "memory"), ","))
+	f.StringVar(&names, "tests", "bulk1,bulk8,request64,pingpong,connect16,mixed32,node-bulk1,node-pingpong,memory", "tests, of "+strings.Join(append(testNames(), "memory"), ","))
 	f.IntVar(&o.reps, "reps", 3, "how often each test is done on each lane")
 	f.DurationVar(&o.duration, "duration", 4*time.Second, "how long each takes")
 	f.DurationVar(&o.warm, "warm", 500*time.Millisecond, "how long it runs before it counts (not bulk)")

@@ -29,6 +29,8 @@ type test struct {
 	rateOf   float64 // a rate is divided by this
 	// higher rates are better; pingpong is judged by its latency.
 	latency bool
+	// beside runs at the same time, with the same server; the latencies are its, all else is load's.
+	beside *load.Client
 }
 
 const gigabyte = 1e9
@@ -48,6 +50,8 @@ var tests = []test{
 		perUnits: gigabyte, unit: "GB", rate: "Gbit/s", rateOf: gigabyte / 8},
 	{name: "node-pingpong", about: "same node, 64 B there and back", load: load.Client{Kind: "pingpong", Size: 64}, to: nearby,
 		perUnits: 1e5, unit: "100k round trips", rate: "round trips/s", rateOf: 1, latency: true},
+	{name: "mixed32", about: "32 streams, and the latency of 64 B there and back beside them", load: load.Client{Kind: "bulk", Connections: 32}, to: remote,
+		perUnits: gigabyte, unit: "GB", rate: "Gbit/s", rateOf: gigabyte / 8, beside: &load.Client{Kind: "pingpong", Size: 64}},
 	{name: "node-pingpong-one", about: "the same, everything on one CPU", load: load.Client{Kind: "pingpong", Size: 64}, to: nearby,
 		oneCPU: true, perUnits: 1e5, unit: "100k round trips", rate: "round trips/s", rateOf: 1, latency: true},
 	{name: "pingpong-any", about: "64 B there and back on any CPU", load: load.Client{Kind: "pingpong", Size: 64}, to: remote,
@@ -121,7 +125,7 @@ func (w *world) measureOnce(ctx context.Context, t test, l *lane) (r run) {
 	if err != nil {
 		return fail(err)
 	}
-	result, runErr := l.runLoad(ctx, c)
+	result, runErr := l.runLoads(ctx, c, t.beside)
 	after, err := w.clock(l, t.to)
 	if err := errorsOf(runErr, err); err != nil {
 		return fail(err)
@@ -134,6 +138,28 @@ func (w *world) measureOnce(ctx context.Context, t test, l *lane) (r run) {
 	r.Foreign = max(0, (after.busy-before.busy-r.Own)/r.Wall)
 	r.Steal = (after.steal - before.steal) / r.Wall
 	return r
+}
+
+// runLoads runs a client, and another beside it if there is one.
+func (l *lane) runLoads(ctx context.Context, c load.Client, beside *load.Client) (load.Result, error) {
+	if beside == nil {
+		return l.runLoad(ctx, c)
+	}
+	second := *beside
+	second.Addr, second.Warm = c.Addr, c.Duration/8 // so that the first has begun
+	second.Duration = c.Duration - 2*second.Warm
+	var latencies load.Result
+	ended := make(chan error, 1)
+	go func() {
+		var err error
+		latencies, err = l.runLoad(ctx, second)
+		ended <- err
+	}()
+	result, err := l.runLoad(ctx, c)
+	err = errorsOf(err, <-ended)
+	result.P50, result.P99 = latencies.P50, latencies.P99
+	result.Errors += latencies.Errors
+	return result, err
 }
 
 // clocks are the CPU clocks at one moment, in seconds.

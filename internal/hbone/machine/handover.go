@@ -151,6 +151,7 @@ func Import(s State) (*Conn, []*Stream, error) {
 	c.budget.tokens = s.Tokens
 	c.nextID, c.lastPeer = s.NextID, s.LastPeer
 	c.sendWin, c.initWin, c.recvWin, c.credit = s.SendWindow, s.InitialWindow, s.RecvWindow, s.Credit
+	c.sendPeak = max(defaultWindow, c.sendWin)
 	c.peerFrame, c.peerStreams = s.PeerFrame, s.PeerStreams
 	c.sentGoAway, c.gotGoAway = s.SentGoAway, s.GotGoAway
 	streams := make([]*Stream, 0, len(s.Streams))

@@ -129,6 +129,7 @@ func (c *Conn) beginData() error {
 		return c.fail(CodeFlowControl, "DATA beyond the connection's window")
 	}
 	c.recvWin -= int64(i.left)
+	c.tellCredit()
 	i.dst = c.streams[i.id]
 	if i.dst == nil {
 		if c.idle(i.id) {
@@ -354,6 +355,7 @@ func (c *Conn) onWindowUpdate(p []byte) (Event, error) {
 		if c.sendWin += n; c.sendWin > maxWindow {
 			return Event{}, c.fail(CodeFlowControl, "connection window too large")
 		}
+		c.sendPeak = max(c.sendPeak, c.sendWin)
 		return Event{Kind: Writable}, c.spendOpening(n)
 	}
 	s := c.streams[c.in.id]

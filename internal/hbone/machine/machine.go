@@ -106,8 +106,10 @@ type Conn struct {
 	lastPeer uint32 // server: highest stream id seen
 
 	sendWin, initWin int64 // what the peer lets us send: connection, each new stream
+	sendPeak         int64 // the most that sendWin has been
 	recvWin          int64 // what we let the peer send on the connection
 	credit           int64 // consumed and not yet told
+	underWay         int64 // the most that recvWin becomes
 	peerFrame        int
 	peerStreams      int
 	peerTable        uint32 // of the peer's hpack decoder
@@ -117,8 +119,8 @@ type Conn struct {
 
 // New makes a connection whose preface and settings wait in Output.
 func New(cfg Config) *Conn {
-	c := &Conn{cfg: cfg, streams: map[uint32]*Stream{}, nextID: 1, sendWin: defaultWindow, initWin: defaultWindow,
-		recvWin: int64(cfg.ConnWindow), peerFrame: minFrame, peerStreams: math.MaxInt32,
+	c := &Conn{cfg: cfg, streams: map[uint32]*Stream{}, nextID: 1, sendWin: defaultWindow, sendPeak: defaultWindow,
+		initWin: defaultWindow, recvWin: int64(cfg.ConnWindow), underWay: maxWindow, peerFrame: minFrame, peerStreams: math.MaxInt32,
 		peerTable: tableSize}
 	c.henc = hpack.NewEncoder(&c.hbuf)
 	c.hdec = hpack.NewDecoder(tableSize, c.list.add)
@@ -211,19 +213,36 @@ func (c *Conn) fail(code uint32, reason string) error {
 
 // giveConn returns n bytes of credit on the connection's window.
 func (c *Conn) giveConn(n int64) {
-	if c.credit += n; c.credit >= int64(c.cfg.ConnWindow)/4 {
-		c.recvWin += c.credit
-		c.out = appendUint32Frame(c.out, frameWindowUpdate, 0, uint32(c.credit))
-		c.credit = 0
-	}
+	c.credit += n
+	c.tellCredit()
 }
 
-// Grow lets the peer send n bytes more on the connection than before.
+// tellCredit tells the peer of credit when that is much.
+func (c *Conn) tellCredit() {
+	n := min(c.credit, c.underWay-c.recvWin)
+	if n <= 0 || n < min(int64(c.cfg.ConnWindow)/4, c.underWay/2) {
+		return
+	}
+	c.recvWin += n
+	c.credit -= n
+	c.out = appendUint32Frame(c.out, frameWindowUpdate, 0, uint32(n))
+}
+
+// Grow lets the peer send n bytes more on the connection than before, at once or as BoundUnderWay allows.
 func (c *Conn) Grow(n int) {
 	if c.err == nil {
 		c.cfg.ConnWindow += n
-		c.recvWin += int64(n)
-		c.out = appendUint32Frame(c.out, frameWindowUpdate, 0, uint32(n))
+		c.giveConn(int64(n))
+	}
+}
+
+// BoundUnderWay lets the peer have at most n bytes on their way here. What has come and is not Consumed takes none of
+// them, as long as the connection's window is larger by so much: a small message does not wait behind more than this,
+// and one stream that is not read does not stop the others.
+func (c *Conn) BoundUnderWay(n int) {
+	if c.err == nil {
+		c.underWay = int64(n)
+		c.tellCredit()
 	}
 }
 

@@ -373,3 +373,36 @@ func TestBudgetFillsUpWithTime(t *testing.T) {
 		c.Flushed(len(c.Output()))
 	}
 }
+
+// TestUnderWayIsBounded: a peer may have only so much on its way here, while what has come and is not consumed takes none
+// of that as long as the connection's window is larger.
+func TestUnderWayIsBounded(t *testing.T) {
+	const bound = 1 << 20
+	cfg := testConfig(true)
+	c := New(cfg)
+	c.Flushed(len(c.Output()))
+	c.recvWin, c.credit = 65535, 16<<20-65535
+	c.BoundUnderWay(bound)
+	if c.recvWin != bound {
+		t.Errorf("the peer may send %d bytes, want %d", c.recvWin, bound)
+	}
+	held, sent := int64(0), int64(0)
+	s := c.newStream(1)
+	s.recvWin = 64 << 20
+	for range 15 { // nothing of it is consumed
+		c.recvWin -= bound / 2
+		held, sent = held+bound/2, sent+bound/2
+		s.held += bound / 2
+		c.tellCredit()
+		if c.recvWin != bound {
+			t.Fatalf("after %d bytes the peer may send %d, want %d", sent, c.recvWin, bound)
+		}
+	}
+	if whole := c.recvWin + c.credit + held; whole != 16<<20 {
+		t.Errorf("the connection's window is %d bytes", whole)
+	}
+	s.Consumed(int(held))
+	if whole := c.recvWin + c.credit; whole != 16<<20 || c.recvWin != bound {
+		t.Errorf("all consumed: the peer may send %d bytes of %d", c.recvWin, whole)
+	}
+}

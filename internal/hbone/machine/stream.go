@@ -13,6 +13,10 @@ var (
 	ErrFull     = errors.New("http2: the peer's limit of streams is reached")
 )
 
+// spareWindow is how much of the connection's window streams that send much leave to those that do not, in bytes. Of a
+// small window it is an eighth: the peer may give credit only when most of it is used.
+const spareWindow = 64 << 10
+
 // Stream is one CONNECT. User is the owner's.
 type Stream struct {
 	User any
@@ -87,6 +91,12 @@ func (s *Stream) Window() int {
 		return 0
 	}
 	return int(max(0, min(s.sendWin, s.c.sendWin)))
+}
+
+// BulkWindow is Window for a stream that sends much: it leaves some of the connection's window to the others.
+func (s *Stream) BulkWindow() int {
+	spare := min(spareWindow, s.c.sendPeak/8)
+	return max(0, min(s.Window(), int(s.c.sendWin-spare)))
 }
 
 // DataHeader writes the header of a DATA frame of n bytes, n at most Budget, to b[:HeaderLen] and counts it as sent. An
