@@ -129,7 +129,7 @@ func (p *Proxy) sendTunnel(c *connection, d route.Decision, app int) {
 		return conn, identity.ClientTLS(bundle, d.Expected), nil
 	}
 	request := hbone.Request{Authority: d.Authority, Header: requestHeader(c.client, c.source, c.service)}
-	p.pool.Start(p.running, setupTimeout, key, dial, request, func(stream *hbone.Stream, err error) {
+	p.pool.Start(p.running, setupTimeout, key, dial, request, app, func(stream *hbone.Stream, err error) {
 		if err != nil {
 			c.refuse(app, classify(err))
 			return

@@ -125,8 +125,10 @@ func mayRepeat(err error, reused bool) bool {
 
 // Start is Open for a caller that does not wait: opened is called once, with what Open would have returned. Where a tunnel
 // of an event loop stands with room for a stream no goroutine has a part in it, and opened is called on the loop; else in a
-// goroutine. It must not block. within bounds the whole.
-func (p *Pool) Start(ctx context.Context, within time.Duration, key Key, dial Dialer, req Request, opened func(*Stream, error)) {
+// goroutine. It must not block. within bounds the whole. app is the socket of the application that the stream is for, as
+// RelayFD takes it, or -1: on a tunnel that stands, the first that it sends goes with the request. It stays the caller's,
+// but must not be read before opened is called.
+func (p *Pool) Start(ctx context.Context, within time.Duration, key Key, dial Dialer, req Request, app int, opened func(*Stream, error)) {
 	wait := func() {
 		ctx, cancel := context.WithTimeout(ctx, within)
 		defer cancel()
@@ -138,20 +140,28 @@ func (p *Pool) Start(ctx context.Context, within time.Duration, key Key, dial Di
 		return
 	}
 	s := t.t.newStream()
+	early := &earlyApp{t: t.t.(*loopTunnel), s: s, fd: app}
+	if app >= 0 {
+		s.early = early
+	}
 	late := time.AfterFunc(within, func() { s.Abort(context.DeadlineExceeded) })
-	s.onEnd, s.early = t.release, req.Early
+	s.onEnd = t.release
 	s.onAnswer = func(status int, err error) {
 		late.Stop()
+		if err == nil && status/100 == 2 {
+			opened(s, nil)
+			return
+		}
+		repeat := err != nil && early.mayRepeat(err, reused)
+		early.stop()
 		switch {
-		case err != nil && mayRepeat(err, reused):
+		case repeat:
 			go wait()
 		case err != nil:
 			opened(nil, err)
-		case status/100 != 2:
+		default:
 			s.Abort(ErrAborted) // as in openOn
 			opened(nil, &StatusError{Code: status, Reason: reasonOf(s.header)})
-		default:
-			opened(s, nil)
 		}
 	}
 	t.t.connect(s, &req)
@@ -190,11 +200,7 @@ func (t *pooled) take() (reused bool) {
 func (p *Pool) openOn(ctx context.Context, t *pooled, req *Request) (*Stream, error) {
 	s := t.t.newStream()
 	s.onEnd = t.release
-	s.early = req.Early
 	t.t.connect(s, req)
-	if s.early {
-		return s, nil
-	}
 	stop := context.AfterFunc(ctx, func() { s.Abort(ctx.Err()) })
 	defer stop()
 	status, err := s.awaitAnswer()

@@ -329,11 +329,6 @@ func (t *goTunnel) act(ev *machine.Event) {
 		}
 		t.tc.events.incoming(newIncoming(s, t, ev))
 	case machine.Answer:
-		if err := s.refusal(ev.Status, ev.Header); err != nil {
-			ev.Stream.Reset(machine.CodeCancel)
-			s.end(err)
-			return
-		}
 		s.answered(ev.Status, ev.Header)
 		if ev.End {
 			s.deliver(nil, true)

@@ -46,7 +46,6 @@ type StreamState struct {
 	PeerEnd        bool   `json:",omitempty"` // the peer has ended its direction
 	PeerEndPassed  bool   `json:",omitempty"` // and the application was told
 	AppEnd         bool   `json:",omitempty"` // the application has ended its direction, and the peer was told
-	Early          bool   `json:",omitempty"`
 	Status         int    `json:",omitempty"`
 
 	Authority string              `json:",omitempty"`

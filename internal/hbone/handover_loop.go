@@ -129,7 +129,7 @@ func (s *Stream) unsettled() bool {
 }
 
 func (a *loopApp) state() StreamState {
-	st := StreamState{Relayed: true, PeerEnd: a.inEnd, PeerEndPassed: a.shut, AppEnd: a.outEnd, Early: a.s.early}
+	st := StreamState{Relayed: true, PeerEnd: a.inEnd, PeerEndPassed: a.shut, AppEnd: a.outEnd}
 	st.Sent, st.Received = a.s.Counters()
 	for _, p := range a.queue {
 		st.Queue = append(st.Queue, p.b...)
@@ -310,7 +310,7 @@ func (t *loopTunnel) adoptStream(st *StreamState, ms *machine.Stream) *Stream {
 		s.deliver(st.Queue, st.PeerEnd)
 		return s
 	}
-	s.over, s.early, s.status = ms.Gone(), st.Early, st.Status
+	s.over, s.status = ms.Gone(), st.Status
 	s.sent.Store(st.Sent)
 	s.received.Store(st.Received)
 	s.halfClosed.Store(st.PeerEnd || st.AppEnd)

@@ -32,11 +32,6 @@ type Request struct {
 	// Header holds the fields beside the pseudo-header: forwarded, baggage, traceparent, x-istio-source,
 	// x-forwarded-network. Names are lower case.
 	Header []hpack.HeaderField
-	// Early lets Open return, and the application's first bytes leave, before the peer's answer (client): a connection
-	// then costs no round trip of its own on a tunnel that stands. The bytes reach only the authenticated peer proxy, which
-	// drops them when it refuses. A refusal ends the stream with the *StatusError that Open would have returned, and is
-	// not tried again on another tunnel.
-	Early bool
 }
 
 // Get returns the first header field called name (lower case), or "".

@@ -75,7 +75,12 @@ func (t *loopTunnel) attach(s *Stream, fd int, done func(relay.Result)) {
 		a.finish(ended, true)
 		return
 	}
-	if err := t.w.loop.Add(fd, a); err != nil {
+	early := s.early
+	if early == nil {
+		early = &earlyApp{fd: fd}
+	}
+	s.early = nil
+	if err := early.handOver(a); err != nil {
 		a.fail(err)
 		return
 	}
@@ -151,9 +156,9 @@ func (a *loopApp) share() (n int) {
 func (a *loopApp) read() (total int) {
 	t := a.t
 	for a.readable && !a.outEnd && !a.closed && !t.dead && !a.behind {
-		window, reserve := a.s.ms.BulkWindow(), bulkReserve
+		window, reserve := a.s.window(a.bulk), bulkReserve
 		if !a.bulk {
-			window, reserve = max(window, min(a.s.ms.Window(), bulkRead)), ctlSize/2
+			reserve = ctlSize / 2
 		}
 		if window == 0 {
 			if a.broken {
@@ -199,6 +204,16 @@ func (a *loopApp) read() (total int) {
 		}
 	}
 	return total
+}
+
+// window is how much may be sent now. One that sends much leaves a part of what all streams have to the others, of which
+// each takes a little at once: it may turn out to send much, too.
+func (s *Stream) window(bulk bool) int {
+	n := s.ms.BulkWindow()
+	if !bulk && n < bulkRead {
+		n = min(s.ms.Window(), bulkRead)
+	}
+	return n
 }
 
 // readInto reads into the open record and, when the application sends much, into those that will follow it.

@@ -140,6 +140,7 @@ func (t *loopTunnel) send() bool {
 			return false
 		}
 		t.sent += n
+		t.written += int64(n)
 		t.full = t.full || t.sent < t.sealed // a short write: the socket is full, its event will come
 		if t.full {
 			t.life.stuck = t.w.start.Add(t.w.now)

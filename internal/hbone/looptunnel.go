@@ -33,6 +33,7 @@ type loopTunnel struct {
 
 	// Output: buf[sent:sealed] are records on their way, buf[sealed:] is a record that is being filled up to fill when open.
 	buf                []byte
+	written            int64 // bytes that the socket has taken
 	sent, sealed, fill int
 	open               bool
 	full               bool // the socket takes no more until it says so
@@ -109,6 +110,9 @@ func (t *loopTunnel) connect(s *Stream, req *Request) {
 			s.end(&TunnelError{Err: err})
 		default:
 			s.ms, ms.User = ms, s
+			if s.early != nil {
+				s.early.begin()
+			}
 			t.mark()
 		}
 	})
@@ -387,11 +391,6 @@ func (t *loopTunnel) act(ev *machine.Event) {
 		}
 		t.tc.events.incoming(newIncoming(s, t, ev))
 	case machine.Answer:
-		if err := s.refusal(ev.Status, ev.Header); err != nil {
-			ev.Stream.Reset(machine.CodeCancel)
-			t.endStream(s, err)
-			return
-		}
 		s.answered(ev.Status, ev.Header)
 		if ev.End {
 			s.deliver(nil, true)

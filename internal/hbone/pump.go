@@ -173,13 +173,5 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 	return out, more
 }
 
-// mayWrite says that DATA may be sent: the CONNECT was answered, or need not be.
-func (s *Stream) mayWrite() bool { return s.early || s.status/100 == 2 }
-
-// refusal is the error of a CONNECT that was answered with other than 2xx while nobody waits for the answer.
-func (s *Stream) refusal(status int, header []hpack.HeaderField) error {
-	if !s.early || status/100 == 2 {
-		return nil
-	}
-	return &StatusError{Code: status, Reason: reasonOf(header)}
-}
+// mayWrite says that DATA may be sent: the CONNECT was answered.
+func (s *Stream) mayWrite() bool { return s.status/100 == 2 }

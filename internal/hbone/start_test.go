@@ -88,7 +88,7 @@ func TestStartTellsWhatHappened(t *testing.T) {
 				{"silent:1", func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }},
 			} {
 				got := make(chan error, 1)
-				p.pool.Start(t.Context(), 300*time.Millisecond, p.key, p.dial, Request{Authority: tc.authority}, func(_ *Stream, err error) { got <- err })
+				p.pool.Start(t.Context(), 300*time.Millisecond, p.key, p.dial, Request{Authority: tc.authority}, -1, func(_ *Stream, err error) { got <- err })
 				if err := <-got; !tc.is(err) {
 					t.Errorf("%s: %v", tc.authority, err)
 				}
@@ -96,7 +96,7 @@ func TestStartTellsWhatHappened(t *testing.T) {
 		}
 		p.pool.Close()
 		got := make(chan error, 1)
-		p.pool.Start(t.Context(), time.Second, p.key, p.dial, Request{Authority: "a:1"}, func(_ *Stream, err error) { got <- err })
+		p.pool.Start(t.Context(), time.Second, p.key, p.dial, Request{Authority: "a:1"}, -1, func(_ *Stream, err error) { got <- err })
 		if err := <-got; !errors.Is(err, ErrClosed) {
 			t.Errorf("a closed pool: %v", err)
 		}
@@ -167,7 +167,7 @@ func (p *pair) listen(t *testing.T, driver Driver, authority string, results cha
 		t.Fatal(err)
 	}
 	stop, err := driver.Accept(ln.(*net.TCPListener), func(fd int, _ netip.AddrPort) {
-		p.pool.Start(context.Background(), 10*time.Second, p.key, p.dial, Request{Authority: authority}, func(s *Stream, err error) {
+		p.pool.Start(context.Background(), 10*time.Second, p.key, p.dial, Request{Authority: authority}, fd, func(s *Stream, err error) {
 			if err != nil {
 				t.Error(err)
 				loop.Reset(fd)

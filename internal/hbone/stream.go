@@ -50,12 +50,12 @@ type Stream struct {
 	over     bool
 	onEnd    func()
 	onAnswer func(status int, err error) // instead of awaitAnswer
-	early    bool                        // DATA may go before the answer; set before the CONNECT
 
 	ms      *machine.Stream // owned by the driver
 	queued  bool            // owned by the driver: on its list of streams to pump
 	blocked bool            // owned by the driver: has output that the windows do not let out
 	app     *loopApp        // owned by the loop driver: the relayed application socket
+	early   *earlyApp       // owned by the loop driver: that socket before the answer; set before the CONNECT
 	cancel  func()          // ends Incoming.Context
 }
 

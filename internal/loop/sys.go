@@ -44,6 +44,19 @@ func result(n, _ uintptr, e syscall.Errno) (int, syscall.Errno) {
 	return int(n), 0
 }
 
+// Peek is recv(2) that leaves what it reads in the socket.
+func Peek(fd int, p []byte) (int, syscall.Errno) {
+	return result(unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)),
+		unix.MSG_PEEK, 0, 0))
+}
+
+// Over says that a TCP connection is over in the kernel: it was reset, or given up, and nothing more is sent on it.
+func Over(fd int) bool {
+	const closed = 7 // TCP_CLOSE of the kernel's tcp_states.h
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err == nil && info.State == closed
+}
+
 // ShutdownWrite is shutdown(2) of the writing half. An error means that the connection is gone, which its events tell.
 func ShutdownWrite(fd int) { unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
 

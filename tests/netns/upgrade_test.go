@@ -26,7 +26,7 @@ func (f *fixture) open(idle time.Duration) (all []*long, end func()) {
 	var running sync.WaitGroup
 	for way, to := range map[string]*lab.Pod{"tunnel": f.v1, "same node": f.near, "plain": f.legacy} {
 		for kind, c := range map[string]lab.Call{
-			"bulk":      {Size: 8 << 20, Duration: time.Minute, Timeout: 30 * time.Second},
+			"bulk":      {Size: 1 << 20, Duration: time.Minute, Timeout: 30 * time.Second},
 			"ping-pong": {Size: 64, Duration: time.Minute, Interval: 5 * time.Millisecond, Timeout: 10 * time.Second},
 			"idle":      {Size: 5000, Count: 2, Interval: idle, Timeout: 10 * time.Second},
 		} {
