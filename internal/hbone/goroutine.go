@@ -78,6 +78,7 @@ type goTunnel struct {
 	ready   []*Stream // to be pumped
 	blocked map[*Stream]struct{}
 	life    liveness
+	idle    idling
 	window  window
 	pinger  *time.Timer
 	dead    bool
@@ -86,7 +87,8 @@ type goTunnel struct {
 
 func newGoTunnel(d *goroutines, nc net.Conn, info *connInfo, tc tunnelConfig) *goTunnel {
 	t := &goTunnel{d: d, nc: nc, tc: tc, info: info, start: time.Now(), m: machine.New(machineConfig(&tc)),
-		blocked: map[*Stream]struct{}{}, window: newWindow(&tc), life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
+		blocked: map[*Stream]struct{}{}, window: newWindow(&tc), idle: idling{after: tc.idle},
+		life: liveness{interval: tc.ping, wait: tc.pingWait, heard: time.Now()}}
 	t.work.L = &t.mu
 	if tc.ping > 0 {
 		t.mu.Lock() // the timer may fire before the assignment
@@ -192,16 +194,21 @@ func (t *goTunnel) checkAlive() {
 	if t.dead {
 		return
 	}
-	ask, dead, next := t.life.check(time.Now())
+	now := time.Now()
+	ask, dead, next := t.life.check(now)
 	if dead != nil {
 		t.fail(dead)
 		return
+	}
+	if t.idle.over(now, t.m.Streams(), t.m.Newest()) {
+		t.m.GoAway() // and with that sent the tunnel ends
+		t.work.Signal()
 	}
 	if ask {
 		t.m.Ping()
 		t.work.Signal()
 	}
-	t.pinger.Reset(next)
+	t.pinger.Reset(min(next, t.tc.ping))
 }
 
 // write sends what the machine and the streams have, in one write at a time.

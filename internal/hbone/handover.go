@@ -203,7 +203,7 @@ func (s *Server) Adopt(ctx context.Context, st *TunnelState, files []int) (*Adop
 	}
 	sv := &served{s: s}
 	a, err := d.adopt(st, files, tunnelConfig{server: true, maxStreams: s.cfg.MaxStreams, events: sv,
-		buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout})
+		buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout, idle: s.cfg.IdleTimeout})
 	if err != nil {
 		return nil, fmt.Errorf("adopt tunnel: %w", err)
 	}

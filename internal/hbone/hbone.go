@@ -69,6 +69,7 @@ type tunnelConfig struct {
 	buffers    *Buffers
 	ping       time.Duration // silence after which the peer is asked for a sign of life; 0 = never
 	pingWait   time.Duration // how long it has for an answer
+	idle       time.Duration // after which a tunnel without streams is ended, looked at when pings are; 0 = never
 }
 
 // tunnelEvents is told of what happens on a tunnel. Calls come from the driver and must not block.

@@ -37,3 +37,23 @@ func (l *liveness) check(now time.Time) (ask bool, dead error, next time.Duratio
 	}
 	return false, errSilent, 0
 }
+
+// idling decides when a server's tunnel has carried nothing for so long that its end is better than its upkeep. Clients
+// release their tunnels themselves; this is for those that do not.
+type idling struct {
+	after time.Duration // as tunnelConfig's idle
+	since time.Time     // when it was first seen without streams
+	last  uint32        // the newest stream then
+}
+
+// over looks from time to time: streams are open now, and newest was the last to be opened.
+func (i *idling) over(now time.Time, streams int, newest uint32) bool {
+	if i.after <= 0 {
+		return false
+	}
+	if streams > 0 || i.since.IsZero() || newest != i.last {
+		i.since, i.last = now, newest
+		return false
+	}
+	return now.Sub(i.since) >= i.after
+}

@@ -45,6 +45,7 @@ type loopTunnel struct {
 	blocked      map[*Stream]struct{}
 
 	life   liveness
+	idle   idling
 	window window
 	pace   pace
 	timer  *time.Timer
@@ -75,6 +76,7 @@ func (t *loopTunnel) register() {
 	}
 	t.pace = pace{bound: firstUnderWay, since: t.w.now}
 	t.m.BoundUnderWay(t.pace.bound)
+	t.idle = idling{after: t.tc.idle}
 	t.life = liveness{interval: t.tc.ping, wait: t.tc.pingWait, heard: time.Now()}
 	if t.tc.ping > 0 {
 		t.timer = time.AfterFunc(t.tc.ping, func() { t.w.loop.Post(t.checkAlive) })
@@ -450,16 +452,21 @@ func (t *loopTunnel) checkAlive() {
 	if t.dead {
 		return
 	}
-	ask, dead, next := t.life.check(time.Now())
+	now := time.Now()
+	ask, dead, next := t.life.check(now)
 	if dead != nil {
 		t.fail(dead)
 		return
+	}
+	if t.idle.over(now, t.m.Streams(), t.m.Newest()) {
+		t.m.GoAway() // and with that sent the tunnel ends
+		t.mark()
 	}
 	if ask {
 		t.m.Ping()
 		t.mark()
 	}
-	t.timer.Reset(next)
+	t.timer.Reset(min(next, t.tc.ping))
 }
 
 // lost ends the tunnel because of what the peer sent: the end of the connection, or something wrong that it is told of.

@@ -44,6 +44,7 @@ type ServerConfig struct {
 	HandshakeTimeout time.Duration // 0 = 10 s
 	PingInterval     time.Duration // 0 = 30 s; <0 = never. As in PoolConfig
 	PingTimeout      time.Duration // 0 = 20 s
+	IdleTimeout      time.Duration // 0 = 15 min; a tunnel without streams is closed after it. <0 = never
 }
 
 // Server accepts tunnels. Make it with NewServer.
@@ -79,6 +80,7 @@ func NewServer(cfg ServerConfig) *Server {
 	cfg.HandshakeTimeout = orDefault(cfg.HandshakeTimeout, 10*time.Second)
 	cfg.PingInterval = orDefault(cfg.PingInterval, 30*time.Second)
 	cfg.PingTimeout = orDefault(cfg.PingTimeout, 20*time.Second)
+	cfg.IdleTimeout = orDefault(cfg.IdleTimeout, 15*time.Minute)
 	return &Server{cfg: cfg, tunnels: map[*served]struct{}{}, empty: make(chan struct{}),
 		admitted: admission{byPeer: map[netip.Addr]int{}}}
 }
@@ -130,7 +132,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	defer cancel()
 	sv := &served{s: s, peer: peer}
 	t, err := s.cfg.Driver.start(hctx, nc, s.tlsConfig(), tunnelConfig{server: true, maxStreams: s.cfg.MaxStreams,
-		events: sv, buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout})
+		events: sv, buffers: s.cfg.Buffers, ping: s.cfg.PingInterval, pingWait: s.cfg.PingTimeout, idle: s.cfg.IdleTimeout})
 	if err != nil {
 		s.mu.Lock()
 		s.leave(peer)

@@ -36,10 +36,17 @@ func (p ControlPlane) Dial(context.Context) (*grpc.ClientConn, error) {
 	if err != nil || target.Host == "" {
 		return nil, fmt.Errorf("control plane address %q: want https://host:port", p.Address)
 	}
+	// Servers of gRPC that were not told otherwise end connections with more than one PING in five minutes, or with any while
+	// nothing is asked for (too_many_pings). The kernel's own probes, which no server counts, find one that is gone sooner.
+	pings := keepalive.ClientParameters{Time: 5*time.Minute + 10*time.Second, Timeout: 10 * time.Second}
+	dialer := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 5 * time.Second, Count: 3}}
 	options := []grpc.DialOption{
 		grpc.WithNoProxy(),              // the control plane is never behind a proxy of the environment
 		grpc.WithDisableServiceConfig(), // which would be asked for as a TXT record, for many seconds where no DNS answers
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.WithKeepaliveParams(pings),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "tcp", address)
+		}),
 	}
 	switch target.Scheme {
 	case "http":

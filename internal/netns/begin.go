@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,7 +17,13 @@ import (
 // Beginner begins connections on the calling goroutine without waiting for anything, for callers that may not: neither
 // another goroutine nor Go's poller has a part in it. What it gives is a bare descriptor, non-blocking and close-on-exec,
 // that the caller owns.
-type Beginner struct{ home *os.File }
+type Beginner struct {
+	home *os.File
+
+	mu     sync.Mutex
+	strays map[int]struct{} // threads that could not go back, by their ids
+	lost   atomic.Int32     // len(strays)
+}
 
 // NewBeginner makes a Beginner, to be closed with Close.
 func NewBeginner() (*Beginner, error) {
@@ -23,7 +31,7 @@ func NewBeginner() (*Beginner, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	home, err := Open("/proc/thread-self/ns/net")
-	return &Beginner{home: home}, err
+	return &Beginner{home: home, strays: map[int]struct{}{}}, err
 }
 
 // Close ends the Beginner. None of its calls may be under way.
@@ -76,8 +84,9 @@ func dialError(dst netip.AddrPort, err error) error {
 	return &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
 }
 
-// socket makes a socket inside ns. The thread is in its own namespace again when it returns; there is no way to go on when
-// that fails, which takes a kernel without memory for a few bytes.
+// socket makes a socket inside ns. The thread is in its own namespace again when it returns. Where it cannot go back, which
+// takes a kernel without memory for a few bytes, it stays the calling goroutine's alone, so that nothing else runs in the
+// wrong namespace, and each later call of that goroutine tries again before all else.
 func (b *Beginner) socket(ns *os.File, addr netip.Addr) (fd int, err error) {
 	family := unix.AF_INET
 	if addr.Is6() {
@@ -85,16 +94,60 @@ func (b *Beginner) socket(ns *os.File, addr netip.Addr) (fd int, err error) {
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	if err := b.recover(); err != nil {
+		return -1, err
+	}
 	if ns != nil {
-		if _, err := control(ns, func(fd int) (int, error) { return 0, unix.Setns(fd, unix.CLONE_NEWNET) }); err != nil {
-			return -1, fmt.Errorf("enter network namespace %s: %w", ns.Name(), err)
+		if err := move(ns); err != nil {
+			return -1, err
 		}
 		defer func() {
-			if _, err := control(b.home, func(fd int) (int, error) { return 0, unix.Setns(fd, unix.CLONE_NEWNET) }); err != nil {
-				panic("netns: return from " + ns.Name() + ": " + err.Error())
+			if homeErr := move(b.home); homeErr != nil {
+				b.astray()
+				if fd >= 0 {
+					homeErr = closeAll(homeErr, fd)
+				}
+				fd, err = -1, homeErr
 			}
 		}()
 	}
 	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	return fd, os.NewSyscallError("socket", err)
+}
+
+// move puts the thread into ns.
+func move(ns *os.File) error {
+	if _, err := control(ns, func(fd int) (int, error) { return 0, unix.Setns(fd, unix.CLONE_NEWNET) }); err != nil {
+		return fmt.Errorf("enter network namespace %s: %w", ns.Name(), err)
+	}
+	return nil
+}
+
+// astray keeps the thread, which is in another namespace than its own, for the calling goroutine.
+func (b *Beginner) astray() {
+	runtime.LockOSThread() // until recover
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.strays[unix.Gettid()] = struct{}{}
+	b.lost.Store(int32(len(b.strays)))
+}
+
+// recover brings a thread home that could not go back before.
+func (b *Beginner) recover() error {
+	if b.lost.Load() == 0 {
+		return nil
+	}
+	thread := unix.Gettid()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, ok := b.strays[thread]; !ok {
+		return nil
+	}
+	if err := move(b.home); err != nil {
+		return err
+	}
+	runtime.UnlockOSThread()
+	delete(b.strays, thread)
+	b.lost.Store(int32(len(b.strays)))
+	return nil
 }

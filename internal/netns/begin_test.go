@@ -116,3 +116,59 @@ func TestBegunConnectionIsFinishedLater(t *testing.T) {
 		t.Errorf("error %v, want the context's", err)
 	}
 }
+
+// TestThreadThatCannotGoBack: the caller gets an error, nothing else runs on the thread, and the next call brings it home.
+func TestThreadThatCannotGoBack(t *testing.T) {
+	ns := newNetns(t)
+	b, err := netns.NewBeginner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	home, err := netns.Cookie(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside, err := netns.Cookie(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if home == inside {
+		t.Fatal("the namespace is this one")
+	}
+	l, err := netns.Listen(ns, "tcp", netip.MustParseAddrPort("127.0.0.1:0"), netns.ProxyMark, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dst := l.Addr().(*net.TCPAddr).AddrPort()
+	nowhere, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nowhere.Close()
+	done := make(chan struct{})
+	go func() { // of its own, as it holds on to its thread
+		defer close(done)
+		way := b.SetHome(nowhere)
+		for range 2 {
+			if fd, _, err := b.Begin(ns, netns.DialOptions{}, dst); err == nil || fd != -1 {
+				t.Errorf("descriptor %d, %v, although there was no way back", fd, err)
+			}
+			if at, err := netns.Cookie(nil); err != nil || at != inside {
+				t.Errorf("the thread is in %d, %v, want %d: this test shows nothing", at, err, inside)
+			}
+		}
+		b.SetHome(way)
+		fd, _, err := b.Begin(ns, netns.DialOptions{}, dst)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		unix.Close(fd)
+		if at, err := netns.Cookie(nil); err != nil || at != home {
+			t.Errorf("the thread is in %d, %v, want %d", at, err, home)
+		}
+	}()
+	<-done
+}

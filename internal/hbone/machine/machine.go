@@ -167,6 +167,9 @@ func (c *Conn) Open() bool { return c.sendWin > 0 }
 // Streams counts the open streams.
 func (c *Conn) Streams() int { return len(c.streams) }
 
+// Newest is the identifier of the newest stream that the peer has opened (server), 0 for none.
+func (c *Conn) Newest() uint32 { return c.lastPeer }
+
 // PeerMaxStreams is how many streams the peer lets us open.
 func (c *Conn) PeerMaxStreams() int { return c.peerStreams }
 
