@@ -48,6 +48,7 @@ if wanted cluster; then
     need runc runc "containers of the cluster's nodes"
     need nft nftables "kube-proxy"
     need tcpdump tcpdump "captures on nodes"
+    need ipset ipset "NetworkPolicy in the end-to-end tests"
     # A convenience, hence no check: gives the test image a shell.
     [ -n "$check" ] || [ -e /usr/share/doc/busybox-static ] || packages+=(busybox-static)
 fi

@@ -227,7 +227,10 @@ spec:
 func newWorld(t *testing.T, namespace string, clients ...string) *world {
 	t.Helper()
 	w := &world{namespace: namespace, clients: clients}
-	kubectl(t, "create", "namespace", namespace)
+	eventually(t, time.Minute, "namespace "+namespace, func() error { // one of that name may still be going
+		_, err := command(10*time.Second, nil, "kubectl", "create", "namespace", namespace)
+		return err
+	})
 	t.Cleanup(func() {
 		if t.Failed() {
 			w.explain(t)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"net"
 	"strings"
@@ -142,12 +143,81 @@ func plainGET(node, address string) (string, error) {
 		`exec 3<>/dev/tcp/%s/%s && printf 'GET /healthz HTTP/1.0\r\n\r\n' >&3 && timeout 3 cat <&3`, h, port))
 }
 
+// grpcManifest is a pod that the kubelet asks by gRPC.
+const grpcManifest = `
+apiVersion: v1
+kind: Pod
+metadata: {name: by-grpc, namespace: %[1]s, labels: {app: by-grpc}}
+spec:
+  nodeName: node2
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: box
+    image: docker.io/fairlead/testbox:dev
+    args: [server]
+    readinessProbe: {grpc: {port: 8080}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 1}
+    livenessProbe: {grpc: {port: 8080}, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: front, namespace: %[1]s}
+spec:
+  type: NodePort
+  selector: {app: server}
+  ports: [{port: 80, targetPort: 8080}]
+---
+`
+
+// probeSource is where the last probe of a pod came from, as its application saw it.
+func (w *world) probeSource(t *testing.T, pod string) string {
+	t.Helper()
+	var last struct{ Probe, UserAgent string }
+	for line := range strings.Lines(kubectl(t, "-n", w.namespace, "logs", pod, "--tail=20")) {
+		var said struct{ Probe, UserAgent string }
+		if json.Unmarshal([]byte(line), &said) == nil && strings.HasPrefix(said.UserAgent, "kube-probe/") {
+			last = said
+		}
+	}
+	if last.Probe == "" {
+		return "no probe"
+	}
+	return host(t, last.Probe)
+}
+
+// TestKubeletProbesPassUnderStrictDenyAll: probes by HTTP, TCP and gRPC go on where nobody else may, come from the address
+// that is set aside for them, and neither other processes of the host nor who comes by a NodePort pass for the kubelet.
 func TestKubeletProbesPassUnderStrictDenyAll(t *testing.T) {
+	const probes = "169.254.7.127"
 	w := newWorld(t, "probes", "alice")
+	apply(t, fmt.Sprintf(grpcManifest, w.namespace))
+	kubectl(t, "-n", w.namespace, "wait", "--for=condition=Ready", "pod/by-grpc", "--timeout=90s")
+	for _, pod := range []string{"server-v1", "by-grpc"} {
+		if from := w.probeSource(t, pod); from == probes || net.ParseIP(from) == nil {
+			t.Fatalf("control: outside the mesh the probes of %s came from %s", pod, from)
+		}
+	}
 	w.join(t)
-	address := net.JoinHostPort(w.podIP(t, "server-v1"), "8080")
-	if out, err := plainGET("node2", address); err != nil || !strings.Contains(out, "ok") {
-		t.Fatalf("control: a host process is answered while nothing forbids it: %q %v", out, err)
+	for _, pod := range []string{"server-v1", "by-grpc"} {
+		eventually(t, 10*time.Second, "probes of "+pod+" come from their own address", func() error {
+			if from := w.probeSource(t, pod); from != probes {
+				return fmt.Errorf("from %s", from)
+			}
+			return nil
+		})
+	}
+	nodePort := kubectl(t, "-n", w.namespace, "get", "service", "front", "-o", "jsonpath={.spec.ports[0].nodePort}")
+	node2 := kubectl(t, "get", "node", "node2", "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
+	others := map[string]struct{ node, address string }{
+		"a process of the host":  {"node2", net.JoinHostPort(w.podIP(t, "server-v1"), "8080")},
+		"somebody by a NodePort": {"node1", net.JoinHostPort(node2, nodePort)},
+	}
+	for who, o := range others {
+		eventually(t, 10*time.Second, "control: "+who+" is answered while nothing forbids it", func() error {
+			if out, err := plainGET(o.node, o.address); err != nil || !strings.Contains(out, "ok") {
+				return fmt.Errorf("%q %v", out, err)
+			}
+			return nil
+		})
 	}
 	apply(t, fmt.Sprintf(`
 apiVersion: security.istio.io/v1
@@ -160,17 +230,13 @@ kind: AuthorizationPolicy
 metadata: {name: deny-all, namespace: %[1]s}
 spec: {}
 `, w.namespace))
-	eventually(t, 5*time.Second, "a host process is refused", func() error {
-		if out, err := plainGET("node2", address); err == nil && strings.Contains(out, "ok") {
-			return fmt.Errorf("answered %q", out)
-		}
-		return nil
-	})
-	for start := time.Now(); time.Since(start) < 6*time.Second; time.Sleep(500 * time.Millisecond) {
-		for _, p := range w.pods(t) {
-			if s := p.Status.ContainerStatuses[0]; !s.Ready || s.RestartCount != 0 {
-				t.Fatalf("pod %s: ready %v, %d restarts", p.Metadata.Name, s.Ready, s.RestartCount)
+	for who, o := range others {
+		eventually(t, 5*time.Second, who+" is refused", func() error {
+			if out, err := plainGET(o.node, o.address); err == nil && strings.Contains(out, "ok") {
+				return fmt.Errorf("answered %q", out)
 			}
-		}
+			return nil
+		})
 	}
+	w.staysReady(t)
 }

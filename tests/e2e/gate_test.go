@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -24,8 +25,8 @@ spec:
 ---
 `
 
-// TestPowerCutOpensNothing: after a node lost its power, its pods start again together with the agent and the proxy, and none
-// of them says a word in clear.
+// TestPowerCutOpensNothing: a node loses its power and comes back while the API server is away. When that answers again, the
+// node's pods start together with the agent and the proxy, and none of them says a word in clear.
 func TestPowerCutOpensNothing(t *testing.T) {
 	w := newWorld(t, "power-cut", "alice")
 	mark := fmt.Sprintf("power-%d", time.Now().UnixNano())
@@ -44,11 +45,18 @@ func TestPowerCutOpensNothing(t *testing.T) {
 	kubectl(t, "-n", w.namespace, "wait", "--for=condition=Ready", "pod/talker", "--timeout=60s")
 
 	c = startCapture(t, "node2")
+	resume := stopAPIServer(t)
 	cmd := exec.Command(filepath.Join(testLab.top, "hack/cluster.sh"), "power-cut", "node1")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("power cut: %v: %s", err, out)
 	}
+	eventually(t, 60*time.Second, "the node's runtime is back", func() error {
+		_, err := testLab.exec("node1", "ctr", "--namespace", "k8s.io", "containers", "list")
+		return err
+	})
+	time.Sleep(3 * time.Second) // in which whatever does not wait for the API server starts
 	cut := c.packets(t, "tcp port 15008")
+	resume()
 	eventually(t, 120*time.Second, "the talker talks again, in the mesh", func() error {
 		if n := c.packets(t, "tcp port 15008"); n < cut+20 {
 			return fmt.Errorf("%d HBONE packets since the power came back", n-cut)
@@ -60,6 +68,29 @@ func TestPowerCutOpensNothing(t *testing.T) {
 	}
 	kubectl(t, "-n", "istio-system", "rollout", "status", "daemonset/istio-cni-node", "--timeout=120s")
 	kubectl(t, "-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=120s")
+}
+
+// stopAPIServer makes the API server neither answer nor refuse, as behind a network that is cut, until the returned function
+// is called.
+func stopAPIServer(t *testing.T) (resume func()) {
+	t.Helper()
+	signal := func(name string) error {
+		_, err := testLab.exec("control-plane", "pkill", "-"+name, "-x", "kube-apiserver")
+		return err
+	}
+	if err := signal("STOP"); err != nil {
+		t.Fatal(err)
+	}
+	resume = sync.OnceFunc(func() {
+		if err := signal("CONT"); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(resume)
+	if out, err := command(20*time.Second, nil, "kubectl", "get", "--raw", "/readyz", "--request-timeout=1s"); err == nil {
+		t.Fatalf("control: the API server answers %q", out)
+	}
+	return resume
 }
 
 // TestDeletedAgentOpensNothing: somebody deletes the agent's DaemonSet. What runs stays in the mesh, what starts in it waits

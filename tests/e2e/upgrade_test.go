@@ -17,6 +17,12 @@ func (w *world) session(t *testing.T, pod, address string, args ...string) *back
 func rollout(t *testing.T) {
 	t.Helper()
 	kubectl(t, "-n", "istio-system", "rollout", "restart", "daemonset/ztunnel")
+	rolledOut(t)
+}
+
+// rolledOut waits until all node proxies are of the newest kind.
+func rolledOut(t *testing.T) {
+	t.Helper()
 	eventually(t, 4*time.Minute, "the rollout is complete", func() error {
 		_, err := command(time.Minute, nil, "kubectl", "-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=20s")
 		return err

@@ -16,7 +16,7 @@ import (
 )
 
 const usage = `box server [-http :8080] [-echo :9090] [-whoami :9091]
-    HTTP/1.1 and h2c: answers any request with a JSON Reply; /healthz "ok";
+    HTTP/1.1 and h2c: answers any request with a JSON Reply; /healthz "ok"; serves gRPC health checks;
     ?status=N answers with that status, ?delay=D waits first, ?size=N pads the reply.
     echo (TCP and UDP): sends back what it receives. whoami: speaks first, one JSON Reply, then closes.
 box client URL [-n 1] [-interval 0s] [-timeout 5s] [-concurrency 1] [-method GET] [-H 'Key: value']...
@@ -27,6 +27,7 @@ box tcp HOST:PORT [-n 1] [-interval 0s] [-timeout 5s] [-size 64] [-d TEXT]
 box whoami HOST:PORT [-timeout 5s]
     prints what a whoami server says.
 box udp HOST:PORT [-d TEXT] [-timeout 5s]      one datagram and its answer
+box syn IP:PORT [-from 4242]                   one SYN by a raw socket
 box lookup NAME...                             addresses of a name
 box addrs                                      this network namespace's addresses
 box sleep [DURATION]                           until a signal, or that long
@@ -41,7 +42,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	commands := map[string]func(context.Context, []string) error{
-		"server": server, "client": client, "tcp": tcp, "whoami": whoami, "udp": udp,
+		"server": server, "client": client, "tcp": tcp, "whoami": whoami, "udp": udp, "syn": syn,
 		"lookup": lookup, "addrs": addrs, "sleep": sleep, "pause": pause,
 	}
 	run, ok := commands[name]

@@ -90,6 +90,11 @@ func serveHTTP(out *printer) http.HandlerFunc {
 			fmt.Fprintln(w, "ok")
 			return
 		}
+		if r.URL.Path == "/grpc.health.v1.Health/Check" {
+			out.print(map[string]string{"probe": r.RemoteAddr, "userAgent": r.UserAgent()})
+			sayServing(w)
+			return
+		}
 		reply := self()
 		reply.Remote, reply.Method, reply.Host, reply.Path, reply.Proto = r.RemoteAddr, r.Method, r.Host, r.URL.RequestURI(), r.Proto
 		if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
@@ -120,6 +125,15 @@ func serveHTTP(out *printer) http.HandlerFunc {
 		reply.Padding = ""
 		out.print(map[string]any{"request": reply, "readError": text(err)})
 	}
+}
+
+// sayServing answers a gRPC health check (grpc/doc/health-checking.md) of whatever service, without gRPC's libraries: a
+// message without compression, two bytes long, whose field 1 is 1.
+func sayServing(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/grpc")
+	w.Header().Set("Trailer", "Grpc-Status")
+	_, _ = w.Write([]byte{0, 0, 0, 0, 2, 1 << 3, 1}) // a caller that has gone asks again
+	w.Header().Set("Grpc-Status", "0")
 }
 
 func accept(l net.Listener, out *printer, handle func(net.Conn)) error {

@@ -58,6 +58,7 @@ func components() []component {
 			{"github.com/containernetworking/plugins/plugins/main/ptp", "cni/ptp"},
 			{"github.com/containernetworking/plugins/plugins/meta/portmap", "cni/portmap"},
 		}},
+		{name: "netpol", module: "github.com/cloudnativelabs/kube-router/v2", cold: "70 s", programs: []program{{".", "netpol"}}},
 		{name: "box", cold: "3 s", programs: []program{{".", "box"}}},
 	}
 }
