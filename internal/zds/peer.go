@@ -125,9 +125,15 @@ func (p *peer) read(answers chan<- *zds.WorkloadResponse, lost chan<- error, sto
 
 // tell sends one step and waits for the answer. An error is the connection's; a refusal is recorded with the pod.
 func (p *peer) tell(s *Server, st step, answers <-chan *zds.WorkloadResponse, lost <-chan error) error {
-	if err := p.send(st); errors.Is(err, os.ErrClosed) && st.add != nil {
-		return nil // the pod was deleted while its turn had not come; its delete follows
-	} else if err != nil {
+	err := p.send(st)
+	for ; errors.Is(err, os.ErrClosed) && st.add != nil; err = p.send(st) {
+		// The pod was added again while its turn had not come: it is named here all the same, or a snapshot that comes before the
+		// new turn would have the proxy drop it.
+		if st.add = s.current(st.add.w.UID); st.add == nil {
+			return nil // it was deleted, and its delete follows
+		}
+	}
+	if err != nil {
 		return err
 	}
 	timeout := time.NewTimer(answerTimeout)

@@ -274,6 +274,13 @@ func (s *Server) newest() *peer {
 	return s.peers[len(s.peers)-1]
 }
 
+// current is what is known of a pod now, or nil.
+func (s *Server) current(uid string) *pod {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pods[uid]
+}
+
 // answered records what a proxy said to a pod.
 func (s *Server) answered(p *peer, pod *pod, answer error) {
 	s.mu.Lock()

@@ -194,6 +194,69 @@ func TestSnapshotNamesWhatIsKept(t *testing.T) {
 	p.heard(t, "snapshot [u9]")
 }
 
+// slow is a proxy that takes its time for its first pod.
+type slow struct {
+	*proxy
+	first   chan string
+	proceed chan struct{}
+}
+
+func (p slow) Add(ctx context.Context, w Workload) error {
+	select {
+	case p.first <- w.UID:
+		<-p.proceed
+	default:
+	}
+	return p.proxy.Add(ctx, w)
+}
+
+// TestSnapshotNamesWhatIsAddedAgain: an agent that has just started adds its pods from its records, and again once it has seen
+// them. A proxy that has not got to a pod in between is told of it all the same before the snapshot, upon which it would
+// drop it and its listeners.
+func TestSnapshotNamesWhatIsAddedAgain(t *testing.T) {
+	s, socket, _ := agent(t)
+	pods := map[string]Workload{}
+	for _, uid := range []string{"u1", "u2"} {
+		pods[uid] = Workload{UID: uid, Name: uid, Namespace: "shop", ServiceAccount: "a", Netns: stand(t, uid)}
+		at := within(t)
+		go s.Add(at, pods[uid])
+	}
+	for known := 0; known < 2; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		known = len(s.pods)
+		s.mu.Unlock()
+	}
+	p := slow{newProxy(), make(chan string, 1), make(chan struct{})}
+	connect(t, socket, p)
+	waiting := "u1"
+	select {
+	case first := <-p.first:
+		if first == "u1" {
+			waiting = "u2"
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the proxy is told of nothing")
+	}
+	p.first <- "" // no other is slow
+	s.Synced()
+	again := make(chan error, 1)
+	old := s.current(waiting)
+	go func() { again <- s.Add(within(t), pods[waiting]) }()
+	for s.current(waiting) == old {
+		time.Sleep(time.Millisecond)
+	}
+	close(p.proceed)
+	if err := <-again; err != nil {
+		t.Fatal(err)
+	}
+	first := "u1"
+	if waiting == first {
+		first = "u2"
+	}
+	add := func(uid string) string { return fmt.Sprintf("add %s shop/%s a %s", uid, uid, uid) }
+	p.heard(t, add(first), add(waiting), "snapshot [u1 u2]", add(waiting))
+}
+
 func TestRefusalReachesTheAgent(t *testing.T) {
 	s, socket, _ := agent(t)
 	p := newProxy()
