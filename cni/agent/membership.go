@@ -27,10 +27,15 @@ func (a *agent) keepMembership(ctx context.Context) error {
 		return nil
 	}
 	written, _ := os.ReadFile(a.cfg.Record)
+	former, _, err := plugin.ReadRecord(a.cfg.Record)
+	if err != nil {
+		a.log.Warn("the record of the mesh is begun anew", zap.Error(err))
+	}
 	failed := false
 	for {
 		if a.started.Load() {
-			text, err := json.Marshal(a.watch.membership())
+			former = a.watch.membership(former.Single)
+			text, err := json.Marshal(former)
 			if err == nil && !bytes.Equal(text, written) {
 				if err = writeDurably(a.cfg.Record, text); err == nil {
 					written = text
@@ -50,8 +55,9 @@ func (a *agent) keepMembership(ctx context.Context) error {
 }
 
 // membership is who is in the mesh now. A namespace counts as the mesh's when one of its pods is for itself: of a pod of it
-// that nobody has seen yet, only the API server knows.
-func (w *watcher) membership() plugin.Record {
+// that nobody has seen yet, only the API server knows. That stays so when the pod is gone, because another one takes its
+// place; single are the namespaces that the record before has for that reason.
+func (w *watcher) membership(single []string) plugin.Record {
 	r := plugin.Record{Namespaces: []string{}, Pods: map[string]bool{}}
 	labelled := map[string]*corev1.Namespace{}
 	for _, object := range w.namespaces.List() {
@@ -71,9 +77,16 @@ func (w *watcher) membership() plugin.Record {
 		}
 		if member && !slices.Contains(r.Namespaces, pod.Namespace) {
 			r.Namespaces = append(r.Namespaces, pod.Namespace)
+			r.Single = append(r.Single, pod.Namespace)
+		}
+	}
+	for _, name := range single {
+		if namespace := labelled[name]; namespace != nil && namespace.Labels[modeLabel] != modeAmbient && !slices.Contains(r.Single, name) {
+			r.Single = append(r.Single, name)
 		}
 	}
 	slices.Sort(r.Namespaces)
+	slices.Sort(r.Single)
 	return r
 }
 

@@ -32,11 +32,18 @@ func TestMembership(t *testing.T) {
 		}
 		w.pods.Add(&corev1.Pod{ObjectMeta: meta})
 	}
-	want := plugin.Record{Namespaces: []string{"mixed", "shop"}, Pods: map[string]bool{
+	w.namespaces.Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "once"}})
+	want := plugin.Record{Namespaces: []string{"mixed", "shop"}, Single: []string{"mixed", "once"}, Pods: map[string]bool{
 		"uid-in": true, "uid-out": false, "uid-static": true, "hash-of-file": true, "uid-other": false, "uid-single": true, "uid-agent": false,
 	}}
-	if diff := cmp.Diff(want, w.membership()); diff != "" {
+	// Of those that the record before has, one had a pod, one is deleted, one is of the mesh itself now.
+	got := w.membership([]string{"mixed", "once", "deleted", "shop"})
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("record (-want +got):\n%s", diff)
+	}
+	w.pods.Delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "mixed", Name: "single"}})
+	if got = w.membership(got.Single); got.Outside("mixed", "new") || got.Outside("once", "new") || !got.Outside("legacy", "new") {
+		t.Errorf("after the labelled pod is gone: %+v", got)
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 type Record struct {
 	// Namespaces are those whose pods are in the mesh unless Pods says otherwise.
 	Namespaces []string
+	// Single are those, not of the mesh themselves, in which a pod of this node was once labelled by itself, so that the next may be.
+	Single []string `json:",omitempty"`
 	// Pods tells of each pod of the node, by the UID that a runtime gives for it, whether it is in the mesh.
 	Pods map[string]bool
 }
@@ -39,5 +41,5 @@ func (r Record) Outside(namespace, uid string) bool {
 	if member, known := r.Pods[uid]; known {
 		return !member
 	}
-	return !slices.Contains(r.Namespaces, namespace)
+	return !slices.Contains(r.Namespaces, namespace) && !slices.Contains(r.Single, namespace)
 }

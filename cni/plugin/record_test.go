@@ -27,6 +27,8 @@ func TestRecordDecidesWithoutAnAgent(t *testing.T) {
 		{"a broken record", away, "{", false},
 		{"the pod's namespace is in the mesh", away, `{"Namespaces":["app"]}`, false},
 		{"another namespace is", away, `{"Namespaces":["shop"]}`, true},
+		{"a pod of the namespace was once", away, `{"Namespaces":["shop"],"Single":["app"]}`, false},
+		{"the pod opts out, another of the namespace is in", away, `{"Namespaces":[],"Single":["app"],"Pods":{"u-1":false}}`, true},
 		{"the pod is, its namespace is not", away, `{"Namespaces":[],"Pods":{"u-1":true}}`, false},
 		{"the pod opts out, its namespace is", away, `{"Namespaces":["app"],"Pods":{"u-1":false}}`, true},
 		{"the agent is starting, the pod outside", starting, `{"Namespaces":["shop"]}`, true},
