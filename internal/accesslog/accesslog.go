@@ -5,7 +5,6 @@ package accesslog
 import (
 	"io"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -13,9 +12,6 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
-
-// flushInterval is how long a line may wait for others to be written with it.
-const flushInterval = 100 * time.Millisecond
 
 // Peer is one end of a connection.
 type Peer struct {
@@ -51,16 +47,32 @@ type Record struct {
 }
 
 // Log writes records.
-type Log struct{ log *zap.Logger }
+type Log struct {
+	log    *zap.Logger
+	buffer *buffer // nil: log's own
+}
 
 // New writes to log.
 func New(log *zap.Logger) *Log { return &Log{log: log} }
 
-// Open is a log on a file of its own buffer, for a process with many connections. Stop writes what is still waiting.
-func Open(file *os.File, level zapcore.LevelEnabler, encoder zapcore.Encoder) (l *Log, stop func() error) {
-	// Not the file itself: each flush would make the kernel write to disk (fsync), and those who come meanwhile wait.
-	out := &zapcore.BufferedWriteSyncer{WS: zapcore.AddSync(struct{ io.Writer }{file}), FlushInterval: flushInterval}
-	return New(zap.New(zapcore.NewCore(encoder, out, level)).Named("access")), out.Stop
+// Open is a log for a process with many connections: Write never waits for who reads out, and lines that do not fit into
+// a buffer of 4 MiB are dropped and counted. Stop writes what is still waiting, for up to a second.
+func Open(out io.Writer, level zapcore.LevelEnabler, encoder zapcore.Encoder) (l *Log, stop func() error) {
+	b := newBuffer(out)
+	l = &Log{log: zap.New(zapcore.NewCore(encoder, b, level)).Named("access"), buffer: b}
+	b.told = func(lost int64) { l.log.Warn("access log lines dropped", zap.Int64("lines", lost)) }
+	go b.run()
+	return l, b.stop
+}
+
+// Dropped is how many lines were dropped, as nobody read those before them.
+func (l *Log) Dropped() int64 {
+	if l.buffer == nil {
+		return 0
+	}
+	l.buffer.mu.Lock()
+	defer l.buffer.mu.Unlock()
+	return l.buffer.dropped
 }
 
 // Write writes one line: at level info, or error when the connection failed.
