@@ -80,16 +80,14 @@ type connection struct {
 	dryRun              []string // policies that would have decided, were they enforced
 
 	opened bool
-	check  authz.Connection // what the policies of an inbound connection are asked
 
 	mu       sync.Mutex
-	checked  bool                  // policies apply to it
+	check    *authz.Connection     // what they are asked; nil where policies do not apply
 	policies []*mesh.Authorization // that were asked last
 	carrier  carrier               // once it carries bytes
 	cutFor   *failure
 
-	idleSince time.Time // when reap first saw it half closed with idleAt bytes carried
-	idleAt    int64
+	idle *idle // half closed, as reap saw it
 }
 
 func newConnections(access *accesslog.Log, m *metrics, limits Limits) *connections {
@@ -151,7 +149,7 @@ func (s *connections) clientUses(client, local netip.AddrPort) bool {
 // The snapshot is loaded after the question is remembered: of two that follow each other, recheck or this sees the later.
 func (c *connection) authorize(store *state.Store, question authz.Connection) *failure {
 	c.mu.Lock()
-	c.check, c.checked = question, true
+	c.check = &question
 	c.mu.Unlock()
 	snap := store.Load()
 	self := c.pod.workload(snap)
@@ -302,11 +300,11 @@ func (s *connections) recheck(snap *state.Snapshot) {
 func (c *connection) reconsider(policies []*mesh.Authorization) *failure {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.checked || slices.Equal(c.policies, policies) {
+	if c.check == nil || slices.Equal(c.policies, policies) {
 		return nil
 	}
 	c.policies = policies
-	if verdict := authz.Check(policies, c.check); !verdict.Allowed {
+	if verdict := authz.Check(policies, *c.check); !verdict.Allowed {
 		return denied(reasonPolicyChanged, verdict)
 	}
 	return nil

@@ -37,8 +37,8 @@ func (c *connection) export() connectionState {
 		Policy: c.policy, DryRun: c.dryRun}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.checked {
-		check := c.check
+	if c.check != nil {
+		check := *c.check
 		st.Check = &check
 	}
 	return st
@@ -85,7 +85,8 @@ func (p *Proxy) adopt(st *connectionState) (*connection, error) {
 		serviceName: st.ServiceName, sourceID: st.SourceID, destID: st.DestID, mutualTLS: st.MutualTLS, path: st.Path,
 		policy: st.Policy, dryRun: st.DryRun}
 	if st.Check != nil {
-		c.check, c.checked = *st.Check, true
+		check := *st.Check
+		c.check = &check
 	}
 	if c.service != nil {
 		if known := snap.Service(c.service.Key()); known != nil {

@@ -121,6 +121,12 @@ func (s *connections) reap(ctx context.Context) error {
 	}
 }
 
+// idle is since when a connection has carried so many bytes and no more.
+type idle struct {
+	since time.Time
+	at    int64
+}
+
 // abandoned tells whether the connection has been half closed and without a byte for so long. Only reap calls it.
 func (c *connection) abandoned(now time.Time, timeout time.Duration) bool {
 	c.mu.Lock()
@@ -129,8 +135,8 @@ func (c *connection) abandoned(now time.Time, timeout time.Duration) bool {
 	if by == nil || !by.HalfClosed() {
 		return false
 	}
-	if sent, received := by.Counters(); c.idleSince.IsZero() || sent+received != c.idleAt {
-		c.idleSince, c.idleAt = now, sent+received
+	if sent, received := by.Counters(); c.idle == nil || sent+received != c.idle.at {
+		c.idle = &idle{since: now, at: sent + received}
 	}
-	return now.Sub(c.idleSince) >= timeout
+	return now.Sub(c.idle.since) >= timeout
 }

@@ -194,8 +194,8 @@ func (s *Stream) forget() {
 	defer s.mu.Unlock()
 	s.over, s.rq = true, nil
 	s.rerr, s.werr = ErrClosed, ErrClosed
-	s.readable.Broadcast()
-	s.writable.Broadcast()
+	s.wakeReaders()
+	s.wakeWriters()
 }
 
 // resume goes on where stand stopped. What happened to the sockets meanwhile comes as their first event.

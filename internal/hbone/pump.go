@@ -30,7 +30,7 @@ func (s *Stream) deliver(p []byte, end bool) bool {
 		s.rerr = io.EOF
 		s.halfClosed.Store(true)
 	}
-	s.readable.Broadcast()
+	s.wakeReaders()
 	return true
 }
 
@@ -38,7 +38,7 @@ func (s *Stream) deliver(p []byte, end bool) bool {
 func (s *Stream) answered(status int, header []hpack.HeaderField) {
 	s.mu.Lock()
 	s.status, s.header = status, header
-	s.writable.Broadcast()
+	s.wakeWriters()
 	tell := s.onAnswer
 	s.onAnswer = nil
 	s.mu.Unlock()
@@ -52,7 +52,7 @@ func (s *Stream) awaitAnswer() (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.status == 0 && s.werr == nil {
-		s.writable.Wait()
+		s.waiters().writable.Wait()
 	}
 	if s.status == 0 {
 		return 0, s.werr
@@ -92,8 +92,8 @@ func (s *Stream) end(err error) {
 	} else if s.werr == nil {
 		s.werr = ErrClosed
 	}
-	s.readable.Broadcast()
-	s.writable.Broadcast()
+	s.wakeReaders()
+	s.wakeWriters()
 	onEnd, cancel, tell := s.onEnd, s.cancel, s.onAnswer
 	s.onAnswer = nil
 	err = s.werr
@@ -165,7 +165,7 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 		out = append(out, make([]byte, machine.HeaderLen)...)
 		ms.DataHeader(out[at:], 0, true)
 	}
-	s.writable.Broadcast()
+	s.wakeWriters()
 	s.mu.Unlock()
 	if ms.Gone() {
 		s.end(nil)

@@ -139,7 +139,7 @@ func (s *Stream) take() ([][]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(s.rq) == 0 && s.rerr == nil {
-		s.readable.Wait()
+		s.waiters().readable.Wait()
 	}
 	if len(s.rq) == 0 {
 		return nil, s.rerr

@@ -32,8 +32,7 @@ type Stream struct {
 	halfClosed     atomic.Bool
 
 	mu       sync.Mutex
-	readable sync.Cond // rq, rerr, rdeadline
-	writable sync.Cond // wq, werr, wdeadline, answer
+	sleepers *sleepers // of Read and Write; nil until there are any, as a relay has none
 	rq       [][]byte
 	rerr     error // what Read returns when rq is empty
 	wq       []byte
@@ -46,7 +45,6 @@ type Stream struct {
 	status   int // answer to the CONNECT (client), 0 = none yet
 	header   []hpack.HeaderField
 	cause    error // of Abort
-	rdl, wdl deadline
 	over     bool
 	onEnd    func()
 	onAnswer func(status int, err error) // instead of awaitAnswer
@@ -73,18 +71,48 @@ type connInfo struct {
 }
 
 func newStream(t carrier, info *connInfo) *Stream {
-	s := &Stream{t: t, conn: info, wlim: sendBuffer}
-	s.readable.L, s.writable.L = &s.mu, &s.mu
-	return s
+	return &Stream{t: t, conn: info, wlim: sendBuffer}
 }
+
+// sleepers are those who wait in Read and Write, and until when they do.
+type sleepers struct {
+	readable sync.Cond // rq, rerr, read
+	writable sync.Cond // wq, werr, write, answer
+	read     deadline
+	write    deadline
+}
+
+// waiters is s.sleepers, made if need be. s.mu is held, as for all that follow.
+func (s *Stream) waiters() *sleepers {
+	if s.sleepers == nil {
+		s.sleepers = &sleepers{}
+		s.sleepers.readable.L, s.sleepers.writable.L = &s.mu, &s.mu
+	}
+	return s.sleepers
+}
+
+func (s *Stream) wakeReaders() {
+	if s.sleepers != nil {
+		s.sleepers.readable.Broadcast()
+	}
+}
+
+func (s *Stream) wakeWriters() {
+	if s.sleepers != nil {
+		s.sleepers.writable.Broadcast()
+	}
+}
+
+func (s *Stream) readLate() bool  { return s.sleepers != nil && s.sleepers.read.passed() }
+func (s *Stream) writeLate() bool { return s.sleepers != nil && s.sleepers.write.passed() }
 
 var _ net.Conn = (*Stream)(nil)
 
 // Read fills p with bytes that the peer sent. After the peer's half close it returns io.EOF, after a reset a *ResetError.
 func (s *Stream) Read(p []byte) (int, error) {
 	s.mu.Lock()
-	for len(s.rq) == 0 && s.rerr == nil && !s.rdl.passed() && len(p) > 0 {
-		s.readable.Wait()
+	for len(s.rq) == 0 && s.rerr == nil && !s.readLate() && len(p) > 0 {
+		s.waiters().readable.Wait()
 	}
 	n := 0
 	for n < len(p) && len(s.rq) > 0 {
@@ -118,8 +146,8 @@ func (s *Stream) Write(p []byte) (int, error) {
 	total := 0
 	for {
 		s.mu.Lock()
-		for len(s.wq) >= s.wlim && s.werr == nil && !s.wfin && !s.wdl.passed() {
-			s.writable.Wait()
+		for len(s.wq) >= s.wlim && s.werr == nil && !s.wfin && !s.writeLate() {
+			s.waiters().writable.Wait()
 		}
 		if err := s.writeError(); err != nil {
 			s.mu.Unlock()
@@ -146,7 +174,7 @@ func (s *Stream) writeError() error {
 		return s.werr
 	case s.wfin:
 		return ErrClosed
-	case s.wdl.passed():
+	case s.writeLate():
 		return os.ErrDeadlineExceeded
 	}
 	return nil
@@ -162,7 +190,7 @@ func (s *Stream) CloseWrite() error {
 	}
 	s.wfin = true
 	s.halfClosed.Store(true)
-	s.writable.Broadcast()
+	s.wakeWriters()
 	s.mu.Unlock()
 	s.t.poke(s)
 	return nil
@@ -180,8 +208,8 @@ func (s *Stream) Close() error {
 	}
 	s.rq = nil
 	s.wfin = true
-	s.readable.Broadcast()
-	s.writable.Broadcast()
+	s.wakeReaders()
+	s.wakeWriters()
 	s.mu.Unlock()
 	s.t.poke(s)
 	return nil
@@ -204,8 +232,8 @@ func (s *Stream) Abort(err error) {
 	s.cut, s.cutCode, s.cause = true, machine.CodeCancel, err
 	s.rq, s.wq = nil, nil
 	s.rerr, s.werr = err, err
-	s.readable.Broadcast()
-	s.writable.Broadcast()
+	s.wakeReaders()
+	s.wakeWriters()
 	s.mu.Unlock()
 	s.t.poke(s)
 }
@@ -254,8 +282,8 @@ func (s *Stream) RemoteAddr() net.Addr { return s.conn.remote }
 func (s *Stream) SetDeadline(t time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rdl.set(t, &s.readable)
-	s.wdl.set(t, &s.writable)
+	s.waiters().read.set(t, &s.waiters().readable)
+	s.waiters().write.set(t, &s.waiters().writable)
 	return nil
 }
 
@@ -263,7 +291,7 @@ func (s *Stream) SetDeadline(t time.Time) error {
 func (s *Stream) SetReadDeadline(t time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rdl.set(t, &s.readable)
+	s.waiters().read.set(t, &s.waiters().readable)
 	return nil
 }
 
@@ -271,7 +299,7 @@ func (s *Stream) SetReadDeadline(t time.Time) error {
 func (s *Stream) SetWriteDeadline(t time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.wdl.set(t, &s.writable)
+	s.waiters().write.set(t, &s.waiters().writable)
 	return nil
 }
 
