@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/zds"
 )
 
 // pingPong plays over a connection of its own until stop, which reports how it went.
@@ -130,4 +133,31 @@ func (s *shop) knock(config *tls.Config) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// TestHostileAgent: whoever poses as the agent and hands over something that is no network namespace is told so, whatever it
+// calls the pod, and the pods that are served go on.
+func TestHostileAgent(t *testing.T) {
+	s := newShop(t, nil)
+	reader, writer, err := os.Pipe()
+	s.must(err)
+	defer reader.Close()
+	defer writer.Close()
+	for name, path := range map[string]string{"a file": "/etc/passwd", "a directory": "/", "another kind of namespace": "/proc/self/ns/uts", "a pipe": ""} {
+		descriptor := reader
+		if path != "" {
+			descriptor, err = os.Open(path)
+			s.must(err)
+			defer descriptor.Close()
+		}
+		for _, uid := range []string{"uid-new", "uid-" + s.client.name} {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			err := s.node1.agent.Add(ctx, zds.Workload{UID: uid, Name: "../" + name, Namespace: "shop", ServiceAccount: "sa", Netns: descriptor})
+			if err == nil || !strings.Contains(err.Error(), "namespace") || ctx.Err() != nil {
+				t.Errorf("%s as %s: %v", name, uid, err)
+			}
+			cancel()
+		}
+	}
+	s.greeted(s.client.ns, s.far4).Close()
 }
