@@ -1,4 +1,4 @@
-package ztunnel
+package resident
 
 import (
 	"fmt"
@@ -9,7 +9,7 @@ import (
 
 func TestReleaseProgram(t *testing.T) {
 	before := residentFile(t)
-	if err := releaseProgram(); err != nil {
+	if err := ReleaseProgram(); err != nil {
 		t.Fatal(err)
 	}
 	if after := residentFile(t); after >= before {
