@@ -25,29 +25,6 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-struct pod {
-	__u32 addr_count;
-	enum pod_flags flags;
-	__u64 exclusions; // stands for all of the pod's exclusions, for the agent
-	struct addr addrs[MAX_POD_ADDRS];
-	__u8 uid[UID_LEN]; // for the agent, which reads it back after a restart
-};
-
-struct host {
-	__u64 netns;
-	struct addr probe4;
-	struct addr probe6;
-};
-
-// Pods of the mesh by the cookie of their network namespace.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
-	__type(key, __u64);
-	__type(value, struct pod);
-} pods SEC(".maps");
-
 // Cookie by address of the pods of the mesh.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -64,22 +41,6 @@ struct {
 	__type(key, __u64);
 	__type(value, __u32);
 } workloads SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct host);
-} host_config SEC(".maps");
-
-static __always_inline int is_own(const struct pod *pod, const struct addr *a)
-{
-#pragma unroll
-	for (int i = 0; i < MAX_POD_ADDRS; i++)
-		if (i < pod->addr_count && same(a, &pod->addrs[i]))
-			return 1;
-	return 0;
-}
 
 static __always_inline int is_proxy(struct bpf_sock_addr *ctx)
 {

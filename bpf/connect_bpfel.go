@@ -93,6 +93,7 @@ type connectPod struct {
 	AddrCount  uint32
 	Flags      connectPodFlags
 	Exclusions uint64
+	Lookup     uint64
 	Addrs      [8]connectAddr
 	Uid        [64]uint8
 }
@@ -127,6 +128,7 @@ const (
 	connectMapExclusions       = "exclusions"
 	connectMapExempt           = "exempt"
 	connectMapHostConfig       = "host_config"
+	connectMapInstances        = "instances"
 	connectMapListeners        = "listeners"
 	connectMapPodAddrs         = "pod_addrs"
 	connectMapPods             = "pods"
@@ -191,6 +193,7 @@ type connectMapSpecs struct {
 	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
 	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
 	HostConfig       *ebpf.MapSpec `ebpf:"host_config"`
+	Instances        *ebpf.MapSpec `ebpf:"instances"`
 	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
 	PodAddrs         *ebpf.MapSpec `ebpf:"pod_addrs"`
 	Pods             *ebpf.MapSpec `ebpf:"pods"`
@@ -229,6 +232,7 @@ type connectMaps struct {
 	Exclusions       *ebpf.Map `ebpf:"exclusions"`
 	Exempt           *ebpf.Map `ebpf:"exempt"`
 	HostConfig       *ebpf.Map `ebpf:"host_config"`
+	Instances        *ebpf.Map `ebpf:"instances"`
 	Listeners        *ebpf.Map `ebpf:"listeners"`
 	PodAddrs         *ebpf.Map `ebpf:"pod_addrs"`
 	Pods             *ebpf.Map `ebpf:"pods"`
@@ -243,6 +247,7 @@ func (m *connectMaps) Close() error {
 		m.Exclusions,
 		m.Exempt,
 		m.HostConfig,
+		m.Instances,
 		m.Listeners,
 		m.PodAddrs,
 		m.Pods,

@@ -2,7 +2,7 @@
 //
 // connect.c gives the sockets of a pod's applications a mark when they connect, and gives the kubelet's probes their
 // source address; there is one pair of programs for a node, attached to a cgroup. lookup.c hands arriving connections to
-// the proxy's listeners; there is one instance for each pod, attached to its network namespace. The routes between
+// the proxy's listeners; there is one instance for each pod, attached to its network namespace, and some are kept ready. The routes between
 // the two are made by cni/redirect. guard.c drops what leaves a pod past both; it is attached to the host's ends of pods'
 // interfaces. refuse.c is for pods that could not be captured, and attached to their cgroups.
 //
@@ -11,7 +11,8 @@
 //	maps/NAME               the node's maps
 //	links/connect4, 6       the attachments to the cgroup
 //	pods/COOKIE/lookup      the attachment to the pod's network namespace
-//	pods/COOKIE/guard-N     the attachment to the host's interface with index N
+//	pods/COOKIE/filter-N    a directory: the guard is a filter of the host's interface with index N
+//	pods/COOKIE/guard-N     the guard's attachment to that interface, for pods that ran already and where others have programs
 //	refused/UID-in, UID-out the attachments to the cgroup of a pod that could not be captured
 //	pods/COOKIE/elders      a directory: connections older than the pod's membership have been exempted
 //

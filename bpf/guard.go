@@ -19,8 +19,10 @@ import (
 )
 
 const (
-	// guardPin and the interface index are the name of a link in a pod's pin directory.
-	guardPin = "guard-"
+	// guardPin and the interface index are the name of a link in a pod's pin directory; filterPin and the index that of an
+	// empty directory there: the guard is on that interface as a filter, to which there is no link.
+	guardPin  = "guard-"
+	filterPin = "filter-"
 	// eldersPin is a directory there, once the connections that are older than the pod's membership are exempt.
 	eldersPin = "elders"
 )
@@ -31,6 +33,19 @@ type Wire struct {
 	Ifindex int
 	// Nsid is the id by which the host's network namespace knows the pod's.
 	Nsid int
+}
+
+// Filters puts the guard on interfaces of the calling thread's network namespace as filters of traffic control: that takes
+// microseconds, where a tcx link waits for all CPUs of the kernel while it holds up all other changes of the network. (It is
+// not of this package because the node proxy has no use for it.)
+type Filters interface {
+	// Ensure makes the program decide what arrives over an interface, in place of an older one of ours. taken says that it
+	// did not, because the interface has filters of somebody else.
+	Ensure(ifindex int, program *ebpf.Program) (taken bool, err error)
+	// Has tells whether the program decides.
+	Has(ifindex int, program *ebpf.Program) (bool, error)
+	// Remove takes ours away. It is no error when there is none, or no such interface.
+	Remove(ifindex int) error
 }
 
 // openGuard loads the guard's programs. Where the kernel cannot run them, pods are redirected without; Unguarded tells.
@@ -51,7 +66,7 @@ func (n *Node) openGuard() error {
 	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: n.path("maps")}}
 	if err := spec.LoadAndAssign(&n.guard, opts); err != nil {
-		n.unguarded = fmt.Errorf("load the guard (which needs Linux 6.6 or later with BTF): %w", err)
+		n.unguarded = fmt.Errorf("load the guard (which needs a kernel with BTF): %w", err)
 	}
 	return nil
 }
@@ -96,42 +111,81 @@ func (n *Node) runElders() (pending int, err error) {
 	return len(written), err
 }
 
-// EnsureGuard checks what arrives from a pod over wires, and over no others. It must be called in the host's network
-// namespace.
-func (n *Node) EnsureGuard(pod Pod, wires []Wire) error {
+// EnsureGuard checks what arrives from a pod over wires, and over no others. fresh says that nothing runs in the pod yet. It
+// must be called in the host's network namespace.
+func (n *Node) EnsureGuard(pod Pod, wires []Wire, fresh bool) error {
 	if n.unguarded != nil {
 		return nil
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, w := range wires {
-		if err := n.ensureWire(pod, w); err != nil {
+		if err := n.ensureWire(pod, w, fresh); err != nil {
 			return fmt.Errorf("guard the pod's interface %d: %w", w.Ifindex, err)
 		}
 	}
 	return n.removeGuard(pod.Cookie, wires)
 }
 
-func (n *Node) ensureWire(pod Pod, w Wire) error {
+// ensureWire uses a filter for a pod that starts. To make the first filter, the kernel takes the interface out of service for
+// a moment and loses what is sent to it; so a pod that runs gets a link, which takes the longer way.
+func (n *Node) ensureWire(pod Pod, w Wire, fresh bool) error {
 	if !n.knows(pod, w) {
 		wire := guardWire{Netns: pod.Cookie, Nsid: int32(w.Nsid), Flags: uint32(pod.flags())}
 		if err := n.guard.Wires.Put(uint32(w.Ifindex), wire); err != nil {
 			return err
 		}
 	}
-	pin := n.podPath(pod.Cookie, guardPin+strconv.Itoa(w.Ifindex))
-	old, err := link.LoadPinnedLink(pin, nil)
-	if err == nil {
-		defer old.Close()
-		if guards(old, w) {
-			return old.Update(n.guard.Guard)
-		}
-		if err := old.Unpin(); err != nil {
-			return fmt.Errorf("unpin a link to an interface that is gone: %w", err)
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("open pinned link: %w", err)
+	if linked, err := n.updateGuard(pod.Cookie, w); linked || err != nil {
+		return err
 	}
+	mark := n.wirePath(pod.Cookie, filterPin, w)
+	_, err := os.Lstat(mark)
+	filtered := err == nil
+	if (fresh || filtered) && !n.shared(w) {
+		if err := os.Mkdir(mark, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("note that the interface has a filter: %w", err)
+		}
+		if taken, err := n.cfg.Filters.Ensure(w.Ifindex, n.guard.Guard); !taken || err != nil {
+			return err
+		}
+	}
+	if err := n.linkGuard(pod.Cookie, w); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(mark); err == nil { // or made just now, for nothing
+		return unguard(mark, w.Ifindex, n.cfg.Filters)
+	}
+	return nil
+}
+
+// updateGuard replaces the program of the link on a wire, if there is one.
+func (n *Node) updateGuard(cookie uint64, w Wire) (linked bool, err error) {
+	old, err := link.LoadPinnedLink(n.wirePath(cookie, guardPin, w), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("open pinned link: %w", err)
+	}
+	defer old.Close()
+	if guards(old, w) {
+		return true, old.Update(n.guard.Guard)
+	}
+	if err := old.Unpin(); err != nil {
+		return false, fmt.Errorf("unpin a link to an interface that is gone: %w", err)
+	}
+	return false, nil
+}
+
+// shared tells whether others have tcx programs on a wire. Those decide before any filter, so that ours has to be one of
+// them, and the first.
+func (n *Node) shared(w Wire) bool {
+	programs, err := link.QueryPrograms(link.QueryOptions{Target: w.Ifindex, Attach: ebpf.AttachTCXIngress})
+	return err == nil && len(programs.Programs) > 0 // there is no tcx, or none here
+}
+
+func (n *Node) linkGuard(cookie uint64, w Wire) error {
 	made, err := link.AttachTCX(link.TCXOptions{
 		Interface: w.Ifindex, Program: n.guard.Guard, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
 	})
@@ -139,7 +193,12 @@ func (n *Node) ensureWire(pod Pod, w Wire) error {
 		return err
 	}
 	defer made.Close()
-	return made.Pin(pin)
+	return made.Pin(n.wirePath(cookie, guardPin, w))
+}
+
+// wirePath is where a pod's pin of a kind is for a wire.
+func (n *Node) wirePath(cookie uint64, kind string, w Wire) string {
+	return n.podPath(cookie, kind+strconv.Itoa(w.Ifindex))
 }
 
 // knows tells whether the guard has the wire as the pod's.
@@ -159,60 +218,96 @@ func guards(l link.Link, w Wire) bool {
 	return tcx != nil && tcx.Ifindex == uint32(w.Ifindex)
 }
 
-// Guarded tells whether the pod's wires are guarded as EnsureGuard would, where that can be.
+// Guarded tells whether the pod's wires are guarded as EnsureGuard would, where that can be. It must be called in the
+// host's network namespace.
 func (n *Node) Guarded(pod Pod, wires []Wire) (bool, error) {
 	if n.unguarded != nil {
 		return true, nil
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if pins, err := filepath.Glob(n.podPath(pod.Cookie, guardPin+"*")); err != nil || len(pins) != len(wires) {
+	if pins, err := n.guardPins(pod.Cookie); err != nil || len(pins) != len(wires) {
 		return false, err
 	}
 	for _, w := range wires {
 		if !n.knows(pod, w) {
 			return false, nil
 		}
-		l, err := link.LoadPinnedLink(n.podPath(pod.Cookie, guardPin+strconv.Itoa(w.Ifindex)), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("open pinned link: %w", err)
-		}
-		attached := guards(l, w)
-		l.Close()
-		if !attached {
-			return false, nil
+		if ok, err := n.isGuarded(pod.Cookie, w); !ok || err != nil {
+			return false, err
 		}
 	}
 	return true, nil
 }
 
+func (n *Node) isGuarded(cookie uint64, w Wire) (bool, error) {
+	l, err := link.LoadPinnedLink(n.wirePath(cookie, guardPin, w), nil)
+	if err == nil {
+		defer l.Close()
+		return guards(l, w), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("open pinned link: %w", err)
+	}
+	if n.shared(w) {
+		return false, nil
+	}
+	return n.cfg.Filters.Has(w.Ifindex, n.guard.Guard)
+}
+
+// guardPins are the pins of a pod's guards of either kind, by the index of their interface.
+func (n *Node) guardPins(cookie uint64) (map[string]int, error) {
+	entries, err := os.ReadDir(n.podPath(cookie))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	pins := map[string]int{}
+	for _, entry := range entries {
+		if index, ok := pinnedIndex(entry.Name()); ok {
+			pins[n.podPath(cookie, entry.Name())] = index
+		}
+	}
+	return pins, nil
+}
+
+// pinnedIndex reads the name of a guard's pin.
+func pinnedIndex(name string) (ifindex int, ok bool) {
+	kind, index, _ := strings.Cut(name, "-")
+	ifindex, err := strconv.Atoi(index)
+	return ifindex, err == nil && (kind+"-" == guardPin || kind+"-" == filterPin)
+}
+
 // removeGuard ends the guard of a pod, but for the wires given.
 func (n *Node) removeGuard(cookie uint64, but []Wire) error {
-	pins, err := filepath.Glob(n.podPath(cookie, guardPin+"*"))
+	pins, err := n.guardPins(cookie)
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, pin := range pins {
-		index, err := strconv.ParseUint(strings.TrimPrefix(filepath.Base(pin), guardPin), 10, 32)
-		if err == nil && slices.ContainsFunc(but, func(w Wire) bool { return w.Ifindex == int(index) }) {
+	for pin, index := range pins {
+		if slices.ContainsFunc(but, func(w Wire) bool { return w.Ifindex == index }) {
 			continue
 		}
-		if err := detach(pin); err != nil {
+		if err := unguard(pin, index, n.cfg.Filters); err != nil {
 			errs = append(errs, fmt.Errorf("detach the pod's guard: %w", err))
 		}
-		if err != nil || n.guard.Wires == nil {
-			continue
-		}
 		var have guardWire
-		if n.guard.Wires.Lookup(uint32(index), &have) == nil && have.Netns == cookie {
+		if n.guard.Wires != nil && n.guard.Wires.Lookup(uint32(index), &have) == nil && have.Netns == cookie {
 			errs = append(errs, n.guard.Wires.Delete(uint32(index)))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// unguard ends what a pin stands for.
+func unguard(pin string, index int, filters Filters) error {
+	if strings.HasPrefix(filepath.Base(pin), guardPin) {
+		return detach(pin)
+	}
+	if err := filters.Remove(index); err != nil {
+		return err
+	}
+	return os.Remove(pin)
 }
 
 // Attempt is TCP that went round the proxy and was dropped.

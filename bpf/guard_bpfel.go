@@ -62,6 +62,19 @@ type guardExclusionKey struct {
 	Number uint32
 }
 
+type guardHost struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Probe4 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Probe6 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 type guardListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -78,6 +91,19 @@ type guardNetworkKey struct {
 		_    structs.HostLayout
 		Word [4]uint32
 	}
+}
+
+type guardPod struct {
+	_          structs.HostLayout
+	AddrCount  uint32
+	Flags      uint32
+	Exclusions uint64
+	Lookup     uint64
+	Addrs      [8]struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Uid [64]uint8
 }
 
 type guardWire struct {
@@ -97,7 +123,10 @@ const (
 	guardMapExcludedNetworks = "excluded_networks"
 	guardMapExclusions       = "exclusions"
 	guardMapExempt           = "exempt"
+	guardMapHostConfig       = "host_config"
+	guardMapInstances        = "instances"
 	guardMapListeners        = "listeners"
+	guardMapPods             = "pods"
 	guardMapProxies          = "proxies"
 	guardMapWires            = "wires"
 	guardProgElders          = "elders"
@@ -162,7 +191,10 @@ type guardMapSpecs struct {
 	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
 	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	HostConfig       *ebpf.MapSpec `ebpf:"host_config"`
+	Instances        *ebpf.MapSpec `ebpf:"instances"`
 	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Pods             *ebpf.MapSpec `ebpf:"pods"`
 	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
 	Wires            *ebpf.MapSpec `ebpf:"wires"`
 }
@@ -201,7 +233,10 @@ type guardMaps struct {
 	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.Map `ebpf:"exclusions"`
 	Exempt           *ebpf.Map `ebpf:"exempt"`
+	HostConfig       *ebpf.Map `ebpf:"host_config"`
+	Instances        *ebpf.Map `ebpf:"instances"`
 	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Pods             *ebpf.Map `ebpf:"pods"`
 	Proxies          *ebpf.Map `ebpf:"proxies"`
 	Wires            *ebpf.Map `ebpf:"wires"`
 }
@@ -213,7 +248,10 @@ func (m *guardMaps) Close() error {
 		m.ExcludedNetworks,
 		m.Exclusions,
 		m.Exempt,
+		m.HostConfig,
+		m.Instances,
 		m.Listeners,
+		m.Pods,
 		m.Proxies,
 		m.Wires,
 	)

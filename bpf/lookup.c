@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // TCP, and DNS queries, to be delivered inside a pod: an sk_lookup program, one instance in each pod's network namespace, asked
-// once for each connection.
+// once for each connection. The instances differ in their number only.
 //
 // 1. From lo to an address that is not the pod's: an outbound connection that connect.c marked; the proxy's outbound
 //    listener takes it, whose accepted socket then has the original destination as its local address. Likewise DNS
@@ -22,28 +22,21 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-// Filled in by the loader for each pod. Unused entries are all zero, which is no address.
-const volatile __u64 netns;
-const volatile __u32 flags;
-const volatile struct addr pod_addrs[MAX_POD_ADDRS];
-const volatile struct addr probe4;
-const volatile struct addr probe6;
+// instance is this instance's number, which the loader writes into the instruction. No helper tells here which network
+// namespace the program runs in; and a number, other than a cookie, can be given before the pod exists.
+static __always_inline __u32 instance(void)
+{
+	__u64 number;
+	asm volatile("%0 = 0x6661697266616972 ll" : "=r"(number));
+	return number;
+}
 
 // The compiler may join reads of ctx fields across branches in a way that the verifier refuses; so each field is read
 // once, before any branch.
 #define READ(field) (*(volatile typeof(field) *)&(field))
 
-static __always_inline int is_own(const struct addr *a)
-{
-#pragma unroll
-	for (int i = 0; i < MAX_POD_ADDRS; i++)
-		if (same(a, &pod_addrs[i]))
-			return 1;
-	return 0;
-}
-
 // give hands the connection to the listener of a slot and returns the program's verdict.
-static __always_inline int give(struct bpf_sk_lookup *ctx, __u32 slot, enum counter given, enum counter refused)
+static __always_inline int give(struct bpf_sk_lookup *ctx, __u64 netns, __u32 slot, enum counter given, enum counter refused)
 {
 	struct listener_key key = { .netns = netns, .slot = slot };
 	struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &key);
@@ -56,6 +49,15 @@ static __always_inline int give(struct bpf_sk_lookup *ctx, __u32 slot, enum coun
 	return failed ? SK_DROP : SK_PASS;
 }
 
+static __always_inline int is_probe(const struct addr *remote)
+{
+	__u32 zero = 0;
+	struct host *host = bpf_map_lookup_elem(&host_config, &zero);
+	return host && (same(remote, &host->probe4) || same(remote, &host->probe6));
+}
+
+// Every pod's start pays for the verification of an instance: what is done once, after the branches, is cheaper than what
+// is done in each.
 SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {
@@ -66,34 +68,48 @@ int lookup(struct bpf_sk_lookup *ctx)
 				READ(ctx->local_ip6[2]), READ(ctx->local_ip6[3]) } };
 	struct addr remote = { { READ(ctx->remote_ip6[0]), READ(ctx->remote_ip6[1]),
 				 READ(ctx->remote_ip6[2]), READ(ctx->remote_ip6[3]) } };
-	__u32 six = family == AF_INET6;
+	__u32 six = family == AF_INET6, slot;
+	enum counter given = INBOUND_REDIRECTED, refused = INBOUND_REFUSED;
 	if (!six) {
 		local = from_ip4(local4);
 		remote = from_ip4(remote4);
 	}
 
-	if (ifindex == LOOPBACK_IFINDEX) {
-		if (is_loopback(&local) || is_own(&local))
-			return SK_PASS;
-		int dns = port == DNS_PORT && (flags & POD_DNS);
-		if (protocol == IPPROTO_TCP)
-			return give(ctx, (dns ? SLOT_DNS_TCP : SLOT_OUTBOUND) + six, OUTBOUND_REDIRECTED, OUTBOUND_REFUSED);
-		if (protocol == IPPROTO_UDP && dns)
-			return give(ctx, SLOT_DNS + six, DNS_REDIRECTED, DNS_DROPPED);
-		return SK_PASS;
-	}
-	if (protocol != IPPROTO_TCP)
-		return SK_PASS;
+	__u32 number = instance();
+	__u64 *netns_of = bpf_map_lookup_elem(&instances, &number);
+	if (!netns_of || !*netns_of)
+		return SK_DROP; // this instance has just been replaced
+	__u64 netns = *netns_of;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &netns);
+	if (!pod)
+		return SK_PASS; // not captured yet, or any more
 	// A pod that calls itself has the interface of its address as the arriving one, not lo.
-	if (same(&remote, &local) || is_own(&remote) || is_loopback(&remote))
+	int inner = ifindex == LOOPBACK_IFINDEX;
+	struct addr other = inner ? local : remote;
+	if (is_loopback(&other) || is_own(pod, &other))
 		return SK_PASS;
-	if (same(&remote, &probe4) || same(&remote, &probe6))
+	if (inner) {
+		int dns = port == DNS_PORT && (pod->flags & POD_DNS);
+		if (protocol == IPPROTO_TCP) {
+			slot = dns ? SLOT_DNS_TCP : SLOT_OUTBOUND;
+			given = OUTBOUND_REDIRECTED;
+			refused = OUTBOUND_REFUSED;
+		} else if (dns) {
+			slot = SLOT_DNS;
+			given = DNS_REDIRECTED;
+			refused = DNS_DROPPED;
+		} else {
+			return SK_PASS;
+		}
+	} else if (protocol != IPPROTO_TCP || same(&remote, &local) || is_probe(&remote)) {
 		return SK_PASS;
-	if (port == HBONE_PORT)
-		return give(ctx, SLOT_INBOUND_HBONE + six, INBOUND_REDIRECTED, INBOUND_REFUSED);
-	if (is_excluded(netns, flags, IN, &remote, port, ifindex)) {
+	} else if (port == HBONE_PORT) {
+		slot = SLOT_INBOUND_HBONE;
+	} else if (is_excluded(netns, pod->flags, IN, &remote, port, ifindex)) {
 		count(INBOUND_EXCLUDED);
 		return SK_PASS;
+	} else {
+		slot = SLOT_INBOUND_PLAINTEXT;
 	}
-	return give(ctx, SLOT_INBOUND_PLAINTEXT + six, INBOUND_REDIRECTED, INBOUND_REFUSED);
+	return give(ctx, netns, slot + six, given, refused);
 }

@@ -13,11 +13,6 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-type lookupAddr struct {
-	_    structs.HostLayout
-	Word [4]uint32
-}
-
 type lookupCapture uint32
 
 const (
@@ -51,6 +46,19 @@ type lookupExclusionKey struct {
 	Number uint32
 }
 
+type lookupHost struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Probe4 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Probe6 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 type lookupListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -69,6 +77,19 @@ type lookupNetworkKey struct {
 	}
 }
 
+type lookupPod struct {
+	_          structs.HostLayout
+	AddrCount  uint32
+	Flags      uint32
+	Exclusions uint64
+	Lookup     uint64
+	Addrs      [8]struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Uid [64]uint8
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -77,14 +98,12 @@ const (
 	lookupMapExcludedNetworks = "excluded_networks"
 	lookupMapExclusions       = "exclusions"
 	lookupMapExempt           = "exempt"
+	lookupMapHostConfig       = "host_config"
+	lookupMapInstances        = "instances"
 	lookupMapListeners        = "listeners"
+	lookupMapPods             = "pods"
 	lookupMapProxies          = "proxies"
 	lookupProgLookup          = "lookup"
-	lookupVarFlags            = "flags"
-	lookupVarNetns            = "netns"
-	lookupVarPodAddrs         = "pod_addrs"
-	lookupVarProbe4           = "probe4"
-	lookupVarProbe6           = "probe6"
 )
 
 // loadLookup returns the embedded CollectionSpec for lookup.
@@ -140,7 +159,10 @@ type lookupMapSpecs struct {
 	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
 	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	HostConfig       *ebpf.MapSpec `ebpf:"host_config"`
+	Instances        *ebpf.MapSpec `ebpf:"instances"`
 	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Pods             *ebpf.MapSpec `ebpf:"pods"`
 	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
 }
 
@@ -148,11 +170,6 @@ type lookupMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupVariableSpecs struct {
-	Flags    *ebpf.VariableSpec `ebpf:"flags"`
-	Netns    *ebpf.VariableSpec `ebpf:"netns"`
-	PodAddrs *ebpf.VariableSpec `ebpf:"pod_addrs"`
-	Probe4   *ebpf.VariableSpec `ebpf:"probe4"`
-	Probe6   *ebpf.VariableSpec `ebpf:"probe6"`
 }
 
 // lookupObjects contains all objects after they have been loaded into the kernel.
@@ -179,7 +196,10 @@ type lookupMaps struct {
 	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.Map `ebpf:"exclusions"`
 	Exempt           *ebpf.Map `ebpf:"exempt"`
+	HostConfig       *ebpf.Map `ebpf:"host_config"`
+	Instances        *ebpf.Map `ebpf:"instances"`
 	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Pods             *ebpf.Map `ebpf:"pods"`
 	Proxies          *ebpf.Map `ebpf:"proxies"`
 }
 
@@ -189,7 +209,10 @@ func (m *lookupMaps) Close() error {
 		m.ExcludedNetworks,
 		m.Exclusions,
 		m.Exempt,
+		m.HostConfig,
+		m.Instances,
 		m.Listeners,
+		m.Pods,
 		m.Proxies,
 	)
 }
@@ -198,11 +221,6 @@ func (m *lookupMaps) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupVariables struct {
-	Flags    *ebpf.Variable `ebpf:"flags"`
-	Netns    *ebpf.Variable `ebpf:"netns"`
-	PodAddrs *ebpf.Variable `ebpf:"pod_addrs"`
-	Probe4   *ebpf.Variable `ebpf:"probe4"`
-	Probe6   *ebpf.Variable `ebpf:"probe6"`
 }
 
 // lookupPrograms contains all programs after they have been loaded into the kernel.

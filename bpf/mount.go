@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -15,8 +16,49 @@ import (
 // package mounted it.
 const mountedMark = "mounted-by-fairlead"
 
-// mountAt makes sure that dir exists and is on a BPF file system. Where dir cannot even be made, as below the empty
-// /sys/fs/bpf, the file system is mounted on its parent.
+// ensureMount makes sure that dir exists and is on a BPF file system. A missing one is mounted in the mount namespace whose
+// file is mounts, from where it has to come to this process.
+func ensureMount(dir, mounts string) error {
+	if os.MkdirAll(dir, 0o700) == nil && isBPFFS(dir) {
+		return nil
+	}
+	if err := inMounts(mounts, func() error { return mountAt(dir) }); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make directory in BPF file system: %w", err)
+	}
+	if !isBPFFS(dir) {
+		return fmt.Errorf("the BPF file system that the host has on %s is not seen here: it needs mount propagation", dir)
+	}
+	return nil
+}
+
+// inMounts runs f in a mount namespace, given by its file; empty means this process's.
+func inMounts(mounts string, f func() error) error {
+	if mounts == "" {
+		return f()
+	}
+	ns, err := os.Open(mounts)
+	if err != nil {
+		return fmt.Errorf("open the host's mount namespace: %w", err)
+	}
+	defer ns.Close()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends with this goroutine
+		done <- withFD(ns, func(fd int) error {
+			if err := errors.Join(unix.Unshare(unix.CLONE_FS), unix.Setns(fd, unix.CLONE_NEWNS)); err != nil {
+				return fmt.Errorf("enter the host's mount namespace: %w", err)
+			}
+			return f()
+		})
+	}()
+	return <-done
+}
+
+// mountAt mounts a BPF file system on dir if it is on none. Where dir cannot even be made, as below the empty /sys/fs/bpf,
+// the file system is mounted on its parent.
 func mountAt(dir string) error {
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil && isBPFFS(dir) {

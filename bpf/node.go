@@ -22,20 +22,24 @@ const DefaultDir = "/sys/fs/bpf/fairlead"
 type Config struct {
 	// Dir is the directory of a BPF file system to pin everything in; one is mounted when Dir is on none.
 	Dir string
+	// Mounts is a file of the mount namespace in which one is mounted; empty means this process's.
+	Mounts string
 	// Cgroup is the cgroup2 directory whose processes' connects are seen: normally the root of the hierarchy.
 	Cgroup string
 	// HostNetns is the cookie of the network namespace that the kubelet runs in.
 	HostNetns uint64
 	// Probe4 and Probe6 are the addresses that the kubelet's probes of pods of the mesh come from.
 	Probe4, Probe6 netip.Addr
+	// Filters puts the guard on interfaces.
+	Filters Filters
 }
 
 // Node is the node's part of redirection: the programs in the cgroup, and the maps shared with all pods. Its methods
 // are safe for concurrent use.
 type Node struct {
-	cfg    Config
-	lookup *ebpf.CollectionSpec
-	guard  guardObjects
+	cfg     Config
+	lookups *lookups
+	guard   guardObjects
 	// unguarded is why there is no guard, or nil.
 	unguarded error
 
@@ -46,14 +50,10 @@ type Node struct {
 // Open makes sure that the node's programs are loaded and attached, taking over what an earlier process pinned, and
 // replacing its programs without a gap. Close leaves everything in place.
 func Open(cfg Config) (*Node, error) {
-	if err := mountAt(cfg.Dir); err != nil {
+	if err := ensureMount(cfg.Dir, cfg.Mounts); err != nil {
 		return nil, err
 	}
-	lookup, err := loadLookup()
-	if err != nil {
-		return nil, err
-	}
-	n := &Node{cfg: cfg, lookup: lookup}
+	n := &Node{cfg: cfg}
 	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods"), n.path("refused")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)
@@ -73,7 +73,8 @@ func Open(cfg Config) (*Node, error) {
 	}
 	n.maps = objects.connectMaps
 	defer objects.connectPrograms.Close()
-	if err := errors.Join(n.start(&objects.connectPrograms), n.openGuard()); err != nil {
+	n.lookups, err = newLookups(n.maps)
+	if err := errors.Join(err, n.start(&objects.connectPrograms), n.openGuard()); err != nil {
 		n.Close()
 		return nil, err
 	}
@@ -156,10 +157,14 @@ func detach(pin string) error {
 
 // Close releases this process's handles. Programs stay attached.
 func (n *Node) Close() error {
-	if n.unguarded != nil {
-		return n.maps.Close()
+	errs := []error{n.maps.Close()}
+	if n.lookups != nil {
+		errs = append(errs, n.lookups.close())
 	}
-	return errors.Join(n.maps.Close(), n.guard.Close())
+	if n.unguarded == nil {
+		errs = append(errs, n.guard.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Counters returns what the programs have counted since they were first loaded, by name.
@@ -266,9 +271,9 @@ func (n *Node) ensureWorkloads() error {
 	})
 }
 
-// Remove detaches and unpins everything under dir, and unmounts the BPF file system if Open mounted it. It is no error
-// when there is nothing.
-func Remove(dir string) error {
+// Remove detaches and unpins everything under dir, and unmounts the BPF file system if Open mounted it, in mounts as
+// Config has it. It must be called in the host's network namespace. It is no error when there is nothing.
+func Remove(dir, mounts string, filters Filters) error {
 	if !isBPFFS(dir) {
 		return nil
 	}
@@ -288,7 +293,11 @@ func Remove(dir string) error {
 		if filepath.Base(pin) == eldersPin {
 			continue
 		}
-		if err := detach(pin); err != nil {
+		end := func() error { return detach(pin) }
+		if index, ok := pinnedIndex(filepath.Base(pin)); ok {
+			end = func() error { return unguard(pin, index, filters) }
+		}
+		if err := end(); err != nil {
 			return fmt.Errorf("detach %s: %w", pin, err)
 		}
 	}
@@ -297,7 +306,7 @@ func Remove(dir string) error {
 			return fmt.Errorf("unpin: %w", err)
 		}
 	}
-	return unmount(dir)
+	return inMounts(mounts, func() error { return unmount(dir) })
 }
 
 func (n *Node) path(elements ...string) string {

@@ -4,14 +4,12 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
@@ -51,11 +49,7 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.Prepare(pod.Cookie); err != nil {
 		return err
 	}
-	program, err := n.loadLookup(pod.Cookie, value)
-	if err != nil {
-		return err
-	}
-	defer program.Close()
+	value.Lookup = n.lookups.version
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var old connectPod
@@ -66,7 +60,7 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.putExclusions(wanted); err != nil {
 		return err
 	}
-	if err := n.ensureLookup(ns, pod.Cookie, program); err != nil {
+	if err := n.ensureLookup(ns, pod.Cookie, old); err != nil {
 		return err
 	}
 	if err := n.putPodAddrs(pod.Cookie, value.Addrs[:value.AddrCount], old.Addrs[:old.AddrCount]); err != nil {
@@ -80,70 +74,6 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 		return nil
 	}
 	return n.dropExclusions(pod.Cookie, wanted)
-}
-
-// loadLookup loads the pod's own instance of the lookup program. The caller closes it.
-func (n *Node) loadLookup(cookie uint64, pod connectPod) (*ebpf.Program, error) {
-	spec := n.lookup.Copy()
-	for name, value := range map[string]any{
-		"netns":     cookie,
-		"flags":     pod.Flags,
-		"pod_addrs": pod.Addrs,
-		"probe4":    toAddr(n.cfg.Probe4),
-		"probe6":    toAddr(n.cfg.Probe6),
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("set %s of the lookup program: %w", name, err)
-		}
-	}
-	var programs lookupPrograms
-	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		lookupMapListeners:        n.maps.Listeners,
-		lookupMapCounters:         n.maps.Counters,
-		lookupMapExclusions:       n.maps.Exclusions,
-		lookupMapExcludedNetworks: n.maps.ExcludedNetworks,
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("load the lookup program: %w", err)
-	}
-	return programs.Lookup, nil
-}
-
-// ensureLookup attaches the program to the pod's network namespace.
-func (n *Node) ensureLookup(ns *os.File, cookie uint64, program *ebpf.Program) error {
-	pin := n.podPath(cookie, lookupPin)
-	old, err := link.LoadPinnedLink(pin, nil)
-	if err == nil {
-		defer old.Close()
-		if attached(old) {
-			return old.Update(program)
-		}
-		if err := old.Unpin(); err != nil {
-			return fmt.Errorf("unpin a link to a namespace that is gone: %w", err)
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("open pinned link: %w", err)
-	}
-	var made *link.NetNsLink
-	err = withFD(ns, func(fd int) error {
-		made, err = link.AttachNetNs(fd, program)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("attach the lookup program: %w", err)
-	}
-	defer made.Close()
-	return made.Pin(pin)
-}
-
-// attached tells whether a link's network namespace still exists.
-func attached(l link.Link) bool {
-	info, err := l.Info()
-	if err != nil {
-		return false
-	}
-	ns := info.NetNs()
-	return ns != nil && ns.NetnsInode != 0
 }
 
 // putPodAddrs gives addresses to a pod, and takes those that it had away.
@@ -183,7 +113,7 @@ func (n *Node) deletePodAddrs(addrs []connectAddr) error {
 }
 
 // RemovePod ends the redirection of new connections. Established ones go on for as long as the pod's routes stay. It
-// is no error when there is nothing.
+// must be called in the host's network namespace. It is no error when there is nothing.
 func (n *Node) RemovePod(cookie uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -194,6 +124,8 @@ func (n *Node) RemovePod(cookie uint64) error {
 	// Unpinned alone, the program would go on for a moment, and refuse what finds no listener.
 	if err := detach(n.podPath(cookie, lookupPin)); err != nil {
 		errs = append(errs, fmt.Errorf("detach the pod's program: %w", err))
+	} else {
+		errs = append(errs, n.lookups.free(cookie, nil))
 	}
 	for slot := range slots {
 		if err := n.maps.Listeners.Delete(slot.key(cookie)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -236,6 +168,7 @@ func (n *Node) Holds(pod Pod) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	want.Lookup = n.lookups.version
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var have connectPod
@@ -250,20 +183,8 @@ func (n *Node) Holds(pod Pod) (bool, error) {
 	return n.captured(pod.Cookie)
 }
 
-// captured tells whether the lookup program is attached to the pod's network namespace.
-func (n *Node) captured(cookie uint64) (bool, error) {
-	l, err := link.LoadPinnedLink(n.podPath(cookie, lookupPin), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("open pinned link: %w", err)
-	}
-	defer l.Close()
-	return attached(l), nil
-}
-
-// Prune removes every trace of pods that keep says no to, also what was left half made.
+// Prune removes every trace of pods that keep says no to, also what was left half made. It must be called in the host's
+// network namespace.
 func (n *Node) Prune(keep func(cookie uint64) bool) error {
 	cookies, err := n.traces()
 	if err != nil {
@@ -296,6 +217,9 @@ func (n *Node) traces() (map[uint64]bool, error) {
 	}
 	if err := errors.Join(pods.Err(), addrs.Err()); err != nil {
 		return nil, fmt.Errorf("list pods: %w", err)
+	}
+	for _, cookie := range n.lookups.cookies() {
+		cookies[cookie] = true
 	}
 	pins, err := os.ReadDir(n.path("pods"))
 	if err != nil {

@@ -115,6 +115,45 @@ struct {
 	__type(value, __u64);
 } listeners SEC(".maps");
 
+struct pod {
+	__u32 addr_count;
+	enum pod_flags flags;
+	__u64 exclusions; // stands for all of the pod's exclusions, for the agent
+	__u64 lookup;	// which version of lookup.c the pod has, for the agent
+	struct addr addrs[MAX_POD_ADDRS];
+	__u8 uid[UID_LEN]; // for the agent, which reads it back after a restart
+};
+
+// Which network namespace an instance of lookup.c is for, by the instance's number: the cookie, or 0.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, __u64);
+} instances SEC(".maps");
+
+struct host {
+	__u64 netns;
+	struct addr probe4;
+	struct addr probe6;
+};
+
+// Pods of the mesh by the cookie of their network namespace.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct host);
+} host_config SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNTERS);
@@ -156,11 +195,29 @@ static __always_inline int is_ip4(const struct addr *a)
 	return !a->word[0] && !a->word[1] && a->word[2] == bpf_htonl(0xffff);
 }
 
-// same takes the second address as volatile because it may be in .rodata, which the loader fills in.
+// differing has the bits that are not the same in both. The second address is volatile because it may be in .rodata, which
+// the loader fills in.
+static __always_inline __u32 differing(const struct addr *a, const volatile struct addr *b)
+{
+	return (a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) | (a->word[3] ^ b->word[3]);
+}
+
 static __always_inline int same(const struct addr *a, const volatile struct addr *b)
 {
-	return a->word[0] == b->word[0] && a->word[1] == b->word[1] &&
-	       a->word[2] == b->word[2] && a->word[3] == b->word[3];
+	return !differing(a, b);
+}
+
+// is_own tells whether an address is the pod's. Unused entries are all zero, which is no address. It has no branches, since
+// the verifier would follow each of them.
+static __always_inline int is_own(const struct pod *pod, const struct addr *a)
+{
+	__u64 others = 1;
+#pragma unroll
+	for (int i = 0; i < MAX_POD_ADDRS; i++) {
+		__u64 differs = differing(a, &pod->addrs[i]);
+		others &= (differs | -differs) >> 63;
+	}
+	return !others;
 }
 
 // is_loopback is true of 127.0.0.0/8 and ::1, and of the unspecified addresses, which connect(2) takes as loopback.

@@ -46,6 +46,19 @@ type refuseExclusionKey struct {
 	Number uint32
 }
 
+type refuseHost struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Probe4 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Probe6 struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
 type refuseListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -64,6 +77,19 @@ type refuseNetworkKey struct {
 	}
 }
 
+type refusePod struct {
+	_          structs.HostLayout
+	AddrCount  uint32
+	Flags      uint32
+	Exclusions uint64
+	Lookup     uint64
+	Addrs      [8]struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Uid [64]uint8
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -72,7 +98,10 @@ const (
 	refuseMapExcludedNetworks = "excluded_networks"
 	refuseMapExclusions       = "exclusions"
 	refuseMapExempt           = "exempt"
+	refuseMapHostConfig       = "host_config"
+	refuseMapInstances        = "instances"
 	refuseMapListeners        = "listeners"
+	refuseMapPods             = "pods"
 	refuseMapProxies          = "proxies"
 	refuseProgRefuseIn        = "refuse_in"
 	refuseProgRefuseOut       = "refuse_out"
@@ -132,7 +161,10 @@ type refuseMapSpecs struct {
 	ExcludedNetworks *ebpf.MapSpec `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.MapSpec `ebpf:"exclusions"`
 	Exempt           *ebpf.MapSpec `ebpf:"exempt"`
+	HostConfig       *ebpf.MapSpec `ebpf:"host_config"`
+	Instances        *ebpf.MapSpec `ebpf:"instances"`
 	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
+	Pods             *ebpf.MapSpec `ebpf:"pods"`
 	Proxies          *ebpf.MapSpec `ebpf:"proxies"`
 }
 
@@ -166,7 +198,10 @@ type refuseMaps struct {
 	ExcludedNetworks *ebpf.Map `ebpf:"excluded_networks"`
 	Exclusions       *ebpf.Map `ebpf:"exclusions"`
 	Exempt           *ebpf.Map `ebpf:"exempt"`
+	HostConfig       *ebpf.Map `ebpf:"host_config"`
+	Instances        *ebpf.Map `ebpf:"instances"`
 	Listeners        *ebpf.Map `ebpf:"listeners"`
+	Pods             *ebpf.Map `ebpf:"pods"`
 	Proxies          *ebpf.Map `ebpf:"proxies"`
 }
 
@@ -176,7 +211,10 @@ func (m *refuseMaps) Close() error {
 		m.ExcludedNetworks,
 		m.Exclusions,
 		m.Exempt,
+		m.HostConfig,
+		m.Instances,
 		m.Listeners,
+		m.Pods,
 		m.Proxies,
 	)
 }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -68,6 +69,7 @@ func parse(arguments []string) (o options, err error) {
 	mode := flags.String("redirection", string(redirect.Auto), "how pods' connections are redirected: ebpf, nftables, or auto, which is ebpf where the kernel can do it")
 	flags.StringVar(&cfg.Record, "record", "/var/lib/fairlead-cni/mesh.json", "file on the node's disk that tells the plugin, when no agent answers, which pods need not wait")
 	flags.StringVar(&cfg.BPFFS, "bpffs", bpf.DefaultDir, "directory to pin redirection in; a BPF file system is mounted if it is on none")
+	flags.StringVar(&cfg.HostMounts, "host-mounts", "", "mount namespace in which that is done, as /proc/1/ns/mnt; empty: the agent's own")
 	flags.StringVar(&cfg.Cgroup, "cgroup", "", "cgroup2 directory that all pods and the node proxy run below; empty: the root of the hierarchy")
 	flags.StringVar(&cfg.HostNetns, "host-netns", "/proc/1/ns/net", "network namespace that the kubelet runs in")
 	flags.StringVar(&cfg.Proc, "proc", "/proc", "proc file system with the node's processes")
@@ -109,6 +111,9 @@ func (o options) run(verb string) error {
 		return err
 	}
 	defer func() { _ = log.Sync() }()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50) // it is idle most of the time, and on every node
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	if verb == "withdraw" {

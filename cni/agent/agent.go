@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"sync/atomic"
 	"time"
 
@@ -56,6 +57,8 @@ type Config struct {
 	Steps func(step string) `json:"-"`
 	// BPFFS is the directory that redirection is pinned in.
 	BPFFS string
+	// HostMounts is a file of the mount namespace in which BPFFS is mounted if it must be; empty: the agent's own.
+	HostMounts string
 	// Cgroup is the cgroup2 directory that all pods, and the node proxy, run below; empty means the root.
 	Cgroup string
 	// HostNetns is a file of the network namespace that the kubelet runs in.
@@ -133,6 +136,13 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	group.Go(func() error { return a.start(ctx) })
 	group.Go(func() error { return a.followAttempts(ctx) })
 	group.Go(func() error { return a.keepMembership(ctx) })
+	group.Go(func() error {
+		if err := redirector.Stock(ctx); err != nil {
+			log.Warn("pods start slower than they could", zap.Error(err))
+		}
+		return nil
+	})
+	group.Go(func() error { return a.trim(ctx) })
 	log.Info("cni-agent runs", zap.String("node", cfg.NodeName), zap.String("eventSocket", cfg.EventSocket),
 		zap.String("zdsSocket", cfg.ZDSSocket), zap.String("redirection", string(mode)), zap.String("bpffs", cfg.BPFFS), zap.String("cgroup", cfg.Cgroup))
 	err = group.Wait()
@@ -143,7 +153,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 }
 
 func redirectConfig(cfg Config, host *os.File) redirect.Config {
-	return redirect.Config{Mode: cfg.Redirection, BPFFS: cfg.BPFFS, Cgroup: cfg.Cgroup, HostNetns: host}
+	return redirect.Config{Mode: cfg.Redirection, BPFFS: cfg.BPFFS, HostMounts: cfg.HostMounts, Cgroup: cfg.Cgroup, HostNetns: host}
 }
 
 // newEnroller reads the records of the agent before.
@@ -163,7 +173,8 @@ func newEnroller(cfg Config, log *zap.Logger, redirector *redirect.Redirector, h
 		log: log, redirector: redirector, proxies: zds.NewServer(log), records: recs, metrics: newMetrics(),
 		finder:     finder{proc: cfg.Proc, dir: cfg.NetnsDir, host: cookie},
 		steps:      cfg.Steps,
-		ackTimeout: cfg.AckTimeout, turns: map[string]*turn{}, acked: map[string]bool{},
+		ackTimeout: cfg.AckTimeout, turns: map[string]*turn{}, acked: map[string]bool{}, starting: make(chan struct{}, goruntime.GOMAXPROCS(0)),
+		used: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -210,6 +221,7 @@ func (a *agent) start(ctx context.Context) error {
 	}
 	a.enrol.proxies.Synced()
 	a.started.Store(true)
+	a.enrol.use()
 	a.watch.run(ctx)
 	return ctx.Err()
 }

@@ -29,6 +29,11 @@ type enroller struct {
 	steps func(step string)
 	// ackTimeout bounds the wait for the proxy.
 	ackTimeout time.Duration
+	// starting has a place for each pod that is redirected at its start at the same time: more than there are processors would
+	// only wait for each other half-way.
+	starting chan struct{}
+	// used wakes trim.
+	used chan struct{}
 
 	mu    sync.Mutex
 	turns map[string]*turn
@@ -73,22 +78,29 @@ func (e *enroller) take(uid string) func() {
 // there is no moment without. When the proxy does not accept the pod, everything is taken back and the start fails.
 func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	defer e.take(rec.UID)()
+	defer e.use()
 	began := time.Now()
 	e.at("start: asked")
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}
-	if err := e.redirect(ctx, &rec, ns, true); err != nil {
+	err := func() error {
+		e.starting <- struct{}{}
+		defer func() { <-e.starting }()
+		return e.redirect(ctx, &rec, ns, true)
+	}()
+	if err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
-	e.metrics.redirected.Observe(time.Since(began).Seconds())
+	redirected := time.Since(began)
+	e.metrics.redirected.Observe(redirected.Seconds())
 	e.at("start: redirected")
 	if err := e.announce(ctx, rec, ns); err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
 	e.at("start: accepted")
 	e.log.Info("pod starts in the mesh", zap.String("pod", rec.pod()), zap.String("uid", rec.UID),
-		zap.Uint64("netns", rec.Cookie), zap.Duration("took", time.Since(began)))
+		zap.Uint64("netns", rec.Cookie), zap.Duration("redirected", redirected), zap.Duration("took", time.Since(began)))
 	return nil
 }
 

@@ -113,7 +113,7 @@ func (e *events) add(ctx context.Context, event plugin.Event) (plugin.Answer, er
 	if err := e.enrol.start(ctx, rec, ns); err != nil {
 		return plugin.Answer{}, err
 	}
-	e.watch.queue.Add(work{key: rec.pod()}) // for the annotation
+	e.watch.queue.Add(work{key: rec.pod(), started: true}) // for the annotation
 	return plugin.Answer{Redirected: true, Reason: decided.why}, nil
 }
 

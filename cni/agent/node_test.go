@@ -176,8 +176,11 @@ func (n *node) object(p *pod, labels string, addressed bool) {
 		"spec: {nodeName: node1, serviceAccountName: sa-of-%s, containers: [{name: c, image: i}]}\n%s", p.name, p.uid, labels, p.name, status))
 }
 
-func (p *pod) event() string {
-	event := plugin.Event{Netns: nsPath(p.ns), PodName: p.name, PodNamespace: "app", PodUID: p.uid, ContainerID: "container-" + p.name,
+func (p *pod) event() string { return p.eventOf("container-" + p.name) }
+
+// eventOf is what the plugin tells of a sandbox of the pod.
+func (p *pod) eventOf(container string) string {
+	event := plugin.Event{Netns: nsPath(p.ns), PodName: p.name, PodNamespace: "app", PodUID: p.uid, ContainerID: container,
 		IPs: []plugin.IPConfig{{Address: p.ip.String() + "/32"}}}
 	text, err := json.Marshal(event)
 	if err != nil {
@@ -264,12 +267,12 @@ func (n *node) expectSoon(p *pod, want string) {
 func (n *node) eventually(what string, check func() error) {
 	n.t.Helper()
 	var err error
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if err = check(); err == nil {
 			return
 		}
 	}
-	n.t.Fatalf("not within 5 s: %s: %v", what, err)
+	n.t.Fatalf("not within 30 s: %s: %v", what, err)
 }
 
 // proxy is the node proxy, as far as the agent sees it.

@@ -25,8 +25,12 @@ const (
 	auditEvery = 30 * time.Second
 )
 
-// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID.
-type work struct{ key, gone string }
+// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID. A pod that is
+// started has just been captured: what the kernel holds need not be asked while others start.
+type work struct {
+	key, gone string
+	started   bool
+}
 
 // watcher follows the pods of the node and all namespaces, and keeps the mesh as their labels want it.
 type watcher struct {
@@ -195,7 +199,7 @@ func (w *watcher) next(ctx context.Context) bool {
 		w.forgetComplaint(item.gone)
 		err = w.enrol.forget(ctx, item.gone, "")
 	} else {
-		err = w.reconcile(ctx, item.key)
+		err = w.reconcile(ctx, item)
 	}
 	if err == nil || ctx.Err() != nil {
 		w.queue.Forget(item)
@@ -207,8 +211,8 @@ func (w *watcher) next(ctx context.Context) bool {
 }
 
 // reconcile makes one pod's part in the mesh what it is to be.
-func (w *watcher) reconcile(ctx context.Context, key string) error {
-	object, ok, err := w.pods.GetByKey(key)
+func (w *watcher) reconcile(ctx context.Context, item work) error {
+	object, ok, err := w.pods.GetByKey(item.key)
 	if err != nil || !ok {
 		return err
 	}
@@ -236,7 +240,8 @@ func (w *watcher) reconcile(ctx context.Context, key string) error {
 	if !ok && (len(rec.IPs) == 0 || pod.DeletionTimestamp != nil) {
 		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
-	if !ok || !sameExclusions(known.Exclude, exclude) || !w.enrol.holds(known, pod.Annotations[mirrorAnnotation]) {
+	held := item.started && known.Redirected || w.enrol.holds(known, pod.Annotations[mirrorAnnotation])
+	if !ok || !sameExclusions(known.Exclude, exclude) || !held {
 		late := !ok && pod.CreationTimestamp.After(w.began)
 		if err := w.enrol.capture(ctx, rec, late, pod.Annotations[mirrorAnnotation]); err != nil {
 			return errors.Join(err, w.uncapturedPod(ctx, pod, err))

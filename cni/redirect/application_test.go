@@ -27,6 +27,10 @@ func TestMain(m *testing.M) {
 		application(a)
 		return
 	}
+	if os.Getenv("FAIRLEAD_TEST_UNDO") != "" {
+		undo()
+		return
+	}
 	os.Exit(m.Run())
 }
 

@@ -211,8 +211,16 @@ func hasFamily(family int) bool {
 	return err == nil && strings.TrimSpace(string(disabled)) == "0"
 }
 
+// hostRoot shows the host's files to a process that sees the host's processes.
+const hostRoot = "/proc/1/root"
+
+// writeSysctl goes round by the host's /proc where a container's own is read-only. Which network namespace it is follows from
+// the thread either way.
 func writeSysctl(name, value string) error {
 	err := os.WriteFile(sysctlPath(name), []byte(value), 0)
+	if errors.Is(err, unix.EROFS) {
+		err = os.WriteFile(filepath.Join(hostRoot, sysctlPath(name)), []byte(value), 0)
+	}
 	if errors.Is(err, fs.ErrNotExist) && (strings.HasPrefix(name, "ipv6/") || name == migrateRequests) {
 		return nil // a kernel without IPv6, or one before 5.14, where a few connections may fail while a proxy is replaced
 	}

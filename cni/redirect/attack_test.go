@@ -1,6 +1,7 @@
 package redirect_test
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -17,7 +18,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -32,6 +32,8 @@ type forgery struct {
 	From, To net.HardwareAddr
 	// Way is how it is sent.
 	Way string
+	// Device is the pod's interface; empty means eth0.
+	Device string
 }
 
 // The ways to send a packet past the kernel's TCP.
@@ -62,7 +64,7 @@ func forge(arguments string) {
 	}
 	must(json.Unmarshal([]byte(arguments), &f))
 	must(netns.Do(os.NewFile(3, "netns"), func() error {
-		eth, err := net.InterfaceByName("eth0")
+		eth, err := net.InterfaceByName(cmp.Or(f.Device, "eth0"))
 		if err != nil {
 			return err
 		}
@@ -230,18 +232,51 @@ func (l *lab) forge(t *testing.T, f forgery) string {
 func (l *lab) unguard(t testing.TB) (restore func()) {
 	t.Helper()
 	pins, err := filepath.Glob(filepath.Join(l.cfg.BPFFS, "pods", "*", "guard-*"))
-	if err != nil || len(pins) != 1 {
-		t.Fatalf("guards %v: %v", pins, err)
+	switch {
+	case err == nil && len(pins) == 1: // a link
+		err = os.Remove(pins[0])
+	case err == nil:
+		end, _ := l.guardFilter(t)
+		err = netns.Do(l.host, func() error {
+			return netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: end.Attrs().Index, Parent: netlink.HANDLE_CLSACT}})
+		})
 	}
-	if err := os.Remove(pins[0]); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	return func() {
 		t.Helper()
-		if _, err := l.redirector.Ensure(t.Context(), l.podOf(pod4, pod6)); err != nil {
-			t.Fatal(err)
-		}
+		l.ensureFresh(t)
 	}
+}
+
+// ensureFresh redirects the pod as one that starts.
+func (l *lab) ensureFresh(t testing.TB) {
+	t.Helper()
+	pod := l.podOf(pod4, pod6)
+	pod.Fresh = true
+	if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// guardFilter finds the guard on the host's end of the pod's interface.
+func (l *lab) guardFilter(t testing.TB) (end netlink.Link, guard *netlink.BpfFilter) {
+	t.Helper()
+	err := netns.Do(l.host, func() (err error) {
+		if end, err = netlink.LinkByName("pod"); err != nil {
+			return err
+		}
+		filters, err := netlink.FilterList(end, netlink.HANDLE_MIN_INGRESS)
+		if err == nil && len(filters) == 1 {
+			guard, _ = filters[0].(*netlink.BpfFilter)
+		}
+		return err
+	})
+	if err != nil || guard == nil {
+		t.Fatalf("the guard's filter is not found: %v", err)
+	}
+	return end, guard
 }
 
 func (l *lab) dropped(t *testing.T) uint64 {
@@ -280,7 +315,7 @@ func TestForgedPacketsDoNotLeaveThePod(t *testing.T) {
 			l := newLab(t, redirect.EBPF)
 			taken := make(chan accepted, 16)
 			listen(t, "server", l.host, f.at(f.remote, 80), taken)
-			l.ensure(t, pod4, pod6)
+			l.ensureFresh(t)
 			l.proxy(t, taken)
 			ways := []string{wayPacket, wayDirect, wayRaw, wayFragments, wayTagged}
 			if f.pod.Is6() {
@@ -446,9 +481,7 @@ func BenchmarkGuard(b *testing.B) {
 	for _, guarded := range []bool{true, false} {
 		b.Run(fmt.Sprintf("guarded=%v", guarded), func(b *testing.B) {
 			l := newLab(b, redirect.EBPF)
-			if _, err := l.redirector.Ensure(b.Context(), l.podOf(pod4, pod6)); err != nil {
-				b.Fatal(err)
-			}
+			l.ensureFresh(b)
 			if !guarded {
 				l.unguard(b)
 			}
@@ -492,20 +525,8 @@ func BenchmarkGuard(b *testing.B) {
 
 // guardCost is the guard's time for a packet.
 func (l *lab) guardCost(b *testing.B) float64 {
-	pins, err := filepath.Glob(filepath.Join(l.cfg.BPFFS, "pods", "*", "guard-*"))
-	if err != nil || len(pins) != 1 {
-		b.Fatalf("guards %v: %v", pins, err)
-	}
-	guard, err := link.LoadPinnedLink(pins[0], nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer guard.Close()
-	info, err := guard.Info()
-	if err != nil {
-		b.Fatal(err)
-	}
-	program, err := ebpf.NewProgramFromID(info.Program)
+	_, guard := l.guardFilter(b)
+	program, err := ebpf.NewProgramFromID(ebpf.ProgramID(guard.Id))
 	if err != nil {
 		b.Fatal(err)
 	}

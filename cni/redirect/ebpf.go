@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -30,7 +31,7 @@ func newEBPF(cfg Config, host uint64) (backend, error) {
 		return nil, fmt.Errorf("prepare the host for probes: %w", err)
 	}
 	node, err := bpf.Open(bpf.Config{
-		Dir: cfg.BPFFS, Cgroup: cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6,
+		Dir: cfg.BPFFS, Mounts: cfg.HostMounts, Cgroup: cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6, Filters: filters{},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
@@ -85,7 +86,7 @@ func (e *ebpf) ensure(pod Pod, cookie uint64) error {
 	if err != nil {
 		return err
 	}
-	if err := netns.Do(e.host, func() error { return e.node.EnsureGuard(target, wires) }); err != nil {
+	if err := netns.Do(e.host, func() error { return e.node.EnsureGuard(target, wires, pod.Fresh) }); err != nil {
 		return err
 	}
 	return netns.Do(pod.Netns, func() error {
@@ -137,10 +138,14 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if ok, err := e.node.Guarded(target, wires); !ok || err != nil {
+	var guarded, rules bool
+	err = netns.Do(e.host, func() error {
+		guarded, err = e.node.Guarded(target, wires)
+		return err
+	})
+	if !guarded || err != nil {
 		return false, err
 	}
-	var rules bool
 	err = netns.Do(pod.Netns, func() error {
 		plan := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
 		if !pod.Exclude.DNS {
@@ -178,19 +183,23 @@ func (e *ebpf) release(cookie uint64, ns *os.File) error {
 	if ns != nil {
 		err = netns.Do(ns, func() error { return removeRules(Plan(PodConfig{Mode: EBPF}).DNS) })
 	}
-	return errors.Join(err, e.node.RemovePod(cookie))
+	return errors.Join(err, netns.Do(e.host, func() error { return e.node.RemovePod(cookie) }))
 }
 
 func (e *ebpf) remove(ns *os.File) error {
 	return netns.Do(ns, func() error { return remove(Plan(PodConfig{Mode: EBPF})) })
 }
 
-func (e *ebpf) prune(keep func(cookie uint64) bool) error { return e.node.Prune(keep) }
+func (e *ebpf) prune(keep func(cookie uint64) bool) error {
+	return netns.Do(e.host, func() error { return e.node.Prune(keep) })
+}
 
 func (e *ebpf) pods() ([]bpf.Pod, error) { return e.node.Pods() }
 
 func (e *ebpf) ensureProxy(pid int) error { return e.node.EnsureProxy(pid) }
 
 func (e *ebpf) counters() (map[string]uint64, error) { return e.node.Counters() }
+
+func (e *ebpf) stock(ctx context.Context) error { return e.node.Stock(ctx) }
 
 func (e *ebpf) close() error { return e.node.Close() }

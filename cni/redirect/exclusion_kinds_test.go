@@ -30,7 +30,10 @@ func exclusionsOfEachKind(t *testing.T, f family) {
 	l.proxy(t, taken)
 
 	whole := func(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
-	everything := netip.PrefixFrom(f.host, 0).Masked()
+	everything, around := netip.PrefixFrom(f.host, 0).Masked(), netip.PrefixFrom(f.remote, 24).Masked()
+	if f.remote.Is6() {
+		around = netip.PrefixFrom(f.remote, 48).Masked() // without the host, as the other
+	}
 	const outbound, server, app, plaintext, hbone = "outbound", "server", "app", "plaintext", "hbone"
 	for _, tc := range []struct {
 		name    string
@@ -51,6 +54,22 @@ func exclusionsOfEachKind(t *testing.T, f family) {
 		{"what is left out wins", mesh.Exclusions{Out: mesh.Exclusion{
 			Listed: true, CapturedPorts: []uint16{81}, CapturedNetworks: []netip.Prefix{whole(f.host)}, Networks: []netip.Prefix{everything},
 		}}, [6]string{server, server, server, plaintext, plaintext, hbone}},
+		// Nested networks: it is not the longest that counts, but that what is left out wins.
+		{"a network out, within what is captured", mesh.Exclusions{Out: mesh.Exclusion{
+			Listed: true, CapturedNetworks: []netip.Prefix{everything}, Networks: []netip.Prefix{whole(f.remote)},
+		}}, [6]string{server, server, outbound, plaintext, plaintext, hbone}},
+		{"a network out, around and within what is captured", mesh.Exclusions{Out: mesh.Exclusion{
+			Listed: true, CapturedNetworks: []netip.Prefix{whole(f.remote), everything}, Networks: []netip.Prefix{around},
+		}}, [6]string{server, server, outbound, plaintext, plaintext, hbone}},
+		{"captured around and within a network out, the same twice", mesh.Exclusions{Out: mesh.Exclusion{
+			Listed: true, CapturedNetworks: []netip.Prefix{around, around, whole(f.host)}, Networks: []netip.Prefix{whole(f.host), whole(f.host)},
+		}}, [6]string{outbound, outbound, server, plaintext, plaintext, hbone}},
+		{"a network in, within what is captured", mesh.Exclusions{In: mesh.Exclusion{
+			Listed: true, CapturedNetworks: []netip.Prefix{everything}, Networks: []netip.Prefix{whole(f.host)},
+		}}, [6]string{outbound, outbound, outbound, app, app, hbone}},
+		{"a network in, within a larger one that is captured", mesh.Exclusions{In: mesh.Exclusion{
+			Listed: true, CapturedNetworks: []netip.Prefix{whole(f.host), everything}, Networks: []netip.Prefix{around},
+		}}, [6]string{outbound, outbound, outbound, plaintext, plaintext, hbone}},
 		{"a port in", mesh.Exclusions{In: mesh.Exclusion{Ports: []uint16{8081}}},
 			[6]string{outbound, outbound, outbound, plaintext, app, hbone}},
 		{"only a port in", mesh.Exclusions{In: mesh.Exclusion{Listed: true, CapturedPorts: []uint16{8081}}},

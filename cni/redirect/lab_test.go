@@ -43,8 +43,14 @@ type lab struct {
 
 func newLab(t testing.TB, mode redirect.Mode) *lab {
 	t.Helper()
+	return newLabOf(t, mode, newNetns(t))
+}
+
+// newLabOf is a lab whose pod has that network namespace.
+func newLabOf(t testing.TB, mode redirect.Mode, pod *os.File) *lab {
+	t.Helper()
 	testenv.RequireBPF(t)
-	l := &lab{host: newNetns(t), pod: newNetns(t)}
+	l := &lab{host: newNetns(t), pod: pod}
 	connectNetns(t, l.host, l.pod)
 	root, err := bpf.FindCgroup2("/proc/self/mounts")
 	testenv.Require(t, err == nil, "a cgroup2 mount")
@@ -153,6 +159,8 @@ func connectNetns(t testing.TB, host, pod *os.File) {
 		must(netns.Do(end.ns, func() error { return know(end.device, ends[1-i].addrs, ends[1-i].mac) }))
 		must(netns.Do(end.ns, func() error { return testenv.Settle(end.device, end.addrs...) }))
 	}
+	// The rest of the world is on the host's lo.
+	must(netns.Do(host, func() error { return testenv.Settle("pod", remote4, remote6) }))
 }
 
 // know makes addresses neighbours on a device of the current namespace.

@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -111,6 +112,8 @@ func (n *nft) unguarded(Pod) ([]string, error) { return nil, nil }
 func (n *nft) attempts() (func() (bpf.Attempt, error), func() error, error) {
 	return nil, nil, errNoGuard
 }
+
+func (n *nft) stock(context.Context) error { return nil }
 
 func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 	known, err := n.pods()

@@ -33,6 +33,9 @@ type Config struct {
 	Mode Mode
 	// BPFFS is the directory for pins; see bpf.Config.
 	BPFFS string
+	// HostMounts is a file of the mount namespace in which BPFFS is mounted if it is on no BPF file system; empty means this
+	// process's.
+	HostMounts string
 	// Cgroup is the cgroup2 directory under which the node's pods run; empty means the root of the hierarchy that process
 	// 1 sees.
 	Cgroup string
@@ -71,6 +74,7 @@ type backend interface {
 	guard() error
 	unguarded(pod Pod) (interfaces []string, err error)
 	attempts() (next func() (bpf.Attempt, error), stop func() error, err error)
+	stock(ctx context.Context) error
 	close() error
 }
 
@@ -259,6 +263,9 @@ func (r *Redirector) Attempts() (next func() (bpf.Attempt, error), stop func() e
 	return r.backend.attempts()
 }
 
+// Stock keeps ready what pods' starts need, so that they do not wait for it, until ctx ends.
+func (r *Redirector) Stock(ctx context.Context) error { return r.backend.stock(ctx) }
+
 // Close releases this process's handles and leaves redirection in force.
 func (r *Redirector) Close() error {
 	var errs []error
@@ -281,5 +288,7 @@ func (r *Redirector) backends() iter.Seq[backend] {
 
 // Uninstall removes the node's part: programs, pins, probe sources and tables. Pods are to be removed before.
 func Uninstall(cfg Config) error {
-	return errors.Join(bpf.Remove(cfg.BPFFS), netns.Do(cfg.HostNetns, removeHost), netns.Do(cfg.HostNetns, removeTable))
+	return netns.Do(cfg.HostNetns, func() error {
+		return errors.Join(bpf.Remove(cfg.BPFFS, cfg.HostMounts, filters{}), removeHost(), removeTable())
+	})
 }

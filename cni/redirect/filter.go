@@ -1,0 +1,98 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	cilium "github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// filters is bpf.Filters. Its methods act on the network namespace of the calling thread.
+type filters struct{}
+
+// guardName is how the guard's filter is found again.
+const guardName = "fairlead-guard"
+
+// Ensure makes the interface's queueing discipline where there is none. The kernel exchanges the programs of one filter at
+// once.
+func (filters) Ensure(ifindex int, program *cilium.Program) (taken bool, err error) {
+	err = netlink.QdiscAdd(clsact(ifindex))
+	if errors.Is(err, unix.EEXIST) {
+		var ours, others []netlink.Filter
+		ours, others, err = guardFilters(ifindex)
+		taken = len(ours) == 0 && len(others) > 0
+	}
+	if err != nil || taken {
+		return taken, err
+	}
+	if err := netlink.FilterReplace(guardFilter(ifindex, program)); err != nil {
+		return false, fmt.Errorf("add the filter: %w", err)
+	}
+	return false, nil
+}
+
+func (filters) Has(ifindex int, program *cilium.Program) (bool, error) {
+	info, err := program.Info()
+	if err != nil {
+		return false, fmt.Errorf("identify the guard: %w", err)
+	}
+	id, _ := info.ID()
+	ours, _, err := guardFilters(ifindex)
+	return err == nil && slices.ContainsFunc(ours, func(f netlink.Filter) bool { return f.(*netlink.BpfFilter).Id == int(id) }), err
+}
+
+// Remove leaves the queueing discipline when others have filters there.
+func (filters) Remove(ifindex int) error {
+	ours, others, err := guardFilters(ifindex)
+	switch {
+	case err != nil:
+	case len(others) == 0 && len(ours) > 0:
+		err = netlink.QdiscDel(clsact(ifindex))
+	case len(ours) > 0:
+		err = netlink.FilterDel(ours[0])
+	}
+	if errors.Is(err, unix.ENODEV) || isAbsent(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove the filter of interface %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+// guardFilters lists the filters of what arrives over an interface, and others' of what leaves.
+func guardFilters(ifindex int) (ours, others []netlink.Filter, err error) {
+	link := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		filters, err := netlink.FilterList(link, parent)
+		if err != nil {
+			return nil, nil, fmt.Errorf("list filters of interface %d: %w", ifindex, err)
+		}
+		for _, f := range filters {
+			if program, ok := f.(*netlink.BpfFilter); ok && program.Name == guardName {
+				ours = append(ours, f)
+			} else {
+				others = append(others, f)
+			}
+		}
+	}
+	return ours, others, nil
+}
+
+func clsact(ifindex int) netlink.Qdisc {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: ifindex, Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0),
+	}}
+}
+
+func guardFilter(ifindex int, program *cilium.Program) netlink.Filter {
+	return &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: ifindex, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Priority: 1, Protocol: unix.ETH_P_ALL,
+		},
+		Fd: program.FD(), Name: guardName, DirectAction: true,
+	}
+}
