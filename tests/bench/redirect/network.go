@@ -228,27 +228,37 @@ func (w *world) start(p *pod, cgroup string, arguments ...string) (*exec.Cmd, io
 	return cmd, in, bufio.NewScanner(out), nil
 }
 
-// used is the processor time of the server and of a pod's proxy, in the kernel's ticks of 10 ms.
+// used is the processor time of the server and of a pod's proxy.
 func (w *world) used(p *pod) (time.Duration, error) {
 	var all time.Duration
 	for _, cmd := range []*exec.Cmd{w.echo, p.proxy} {
 		if cmd == nil {
 			continue
 		}
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		one, err := cpuOf(cmd.Process.Pid)
 		if err != nil {
 			return 0, err
 		}
-		// User and system time are the 12th and 13th field after the name, which is in parentheses.
-		_, rest, _ := strings.Cut(string(stat), ") ")
-		fields := strings.Fields(rest)
-		for _, ticks := range fields[11:13] {
-			n, err := strconv.Atoi(ticks)
-			if err != nil {
-				return 0, fmt.Errorf("read %s: %w", stat, err)
-			}
-			all += time.Duration(n) * 10 * time.Millisecond
+		all += one
+	}
+	return all, nil
+}
+
+// cpuOf is the processor time of a process, in the kernel's ticks of 10 ms.
+func cpuOf(pid int) (all time.Duration, err error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// User and system time are the 12th and 13th field after the name, which is in parentheses.
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	fields := strings.Fields(rest)
+	for _, ticks := range fields[11:13] {
+		n, err := strconv.Atoi(ticks)
+		if err != nil {
+			return 0, fmt.Errorf("read %s: %w", stat, err)
 		}
+		all += time.Duration(n) * 10 * time.Millisecond
 	}
 	return all, nil
 }

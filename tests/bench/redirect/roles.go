@@ -25,7 +25,7 @@ import (
 )
 
 // roles are what this program is started again as.
-var roles = map[string]func(arguments []string) error{"server": serve, "proxy": proxy, "client": client}
+var roles = map[string]func(arguments []string) error{"server": serve, "proxy": proxy, "client": client, "nodeproxy": nodeProxy}
 
 // namespace is the pod's, as start hands it over.
 func namespace() *os.File { return os.NewFile(3, "netns") }
