@@ -73,6 +73,12 @@ type connectHost struct {
 	Probe6 connectAddr
 }
 
+type connectInstance struct {
+	_       structs.HostLayout
+	Netns   uint64
+	Version uint64
+}
+
 type connectListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -93,7 +99,6 @@ type connectPod struct {
 	AddrCount  uint32
 	Flags      connectPodFlags
 	Exclusions uint64
-	Lookup     uint64
 	Addrs      [8]connectAddr
 	Uid        [64]uint8
 }

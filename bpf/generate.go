@@ -19,7 +19,7 @@
 // The map listeners is filled in by the proxy.
 package bpf
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type pod -type host -type counter -type slot -type listener_key -type capture -type direction -type exclusion_kind -type exclusion_key -type network_key -type pod_flags connect connect.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type pod -type host -type instance -type counter -type slot -type listener_key -type capture -type direction -type exclusion_kind -type exclusion_key -type network_key -type pod_flags connect connect.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel lookup lookup.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel -type wire -type attempt guard guard.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang -tags linux -target bpfel refuse refuse.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu

@@ -75,6 +75,12 @@ type guardHost struct {
 	}
 }
 
+type guardInstance struct {
+	_       structs.HostLayout
+	Netns   uint64
+	Version uint64
+}
+
 type guardListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -98,7 +104,6 @@ type guardPod struct {
 	AddrCount  uint32
 	Flags      uint32
 	Exclusions uint64
-	Lookup     uint64
 	Addrs      [8]struct {
 		_    structs.HostLayout
 		Word [4]uint32

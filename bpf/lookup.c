@@ -22,9 +22,9 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-// instance is this instance's number, which the loader writes into the instruction. No helper tells here which network
+// own_number is this instance's number, which the loader writes into the instruction. No helper tells here which network
 // namespace the program runs in; and a number, other than a cookie, can be given before the pod exists.
-static __always_inline __u32 instance(void)
+static __always_inline __u32 own_number(void)
 {
 	__u64 number;
 	asm volatile("%0 = 0x6661697266616972 ll" : "=r"(number));
@@ -75,11 +75,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 		remote = from_ip4(remote4);
 	}
 
-	__u32 number = instance();
-	__u64 *netns_of = bpf_map_lookup_elem(&instances, &number);
-	if (!netns_of || !*netns_of)
+	__u32 number = own_number();
+	struct instance *instance = bpf_map_lookup_elem(&instances, &number);
+	if (!instance || !instance->netns)
 		return SK_DROP; // this instance has just been replaced
-	__u64 netns = *netns_of;
+	__u64 netns = instance->netns;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &netns);
 	if (!pod)
 		return SK_PASS; // not captured yet, or any more

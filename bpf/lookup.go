@@ -30,7 +30,7 @@ type lookups struct {
 	spec *ebpf.ProgramSpec
 	// places are those of the number in the program.
 	places []int
-	// version stands for the program, whatever its number.
+	// version stands for the program, whatever its number. An instance of another one is replaced.
 	version   uint64
 	instances *ebpf.Map
 	// used wakes stock.
@@ -38,8 +38,8 @@ type lookups struct {
 
 	mu    sync.Mutex
 	spare []instance
-	// taken are the cookies of the instances in use, by number; next is where to look for a free number.
-	taken map[uint32]uint64
+	// taken are the instances in use, by number; next is where to look for a free number.
+	taken map[uint32]connectInstance
 	next  uint32
 }
 
@@ -56,7 +56,7 @@ func newLookups(maps connectMaps) (*lookups, error) {
 		return nil, err
 	}
 	l := &lookups{
-		spec: collection.Programs[lookupProgLookup], instances: maps.Instances, used: make(chan struct{}, 1), taken: map[uint32]uint64{},
+		spec: collection.Programs[lookupProgLookup], instances: maps.Instances, used: make(chan struct{}, 1), taken: map[uint32]connectInstance{},
 	}
 	tag, err := l.spec.Tag()
 	if err == nil {
@@ -72,11 +72,11 @@ func newLookups(maps connectMaps) (*lookups, error) {
 		return nil, fmt.Errorf("prepare the lookup program: %w", err)
 	}
 	var number uint32
-	var cookie uint64
+	var value connectInstance
 	entries := l.instances.Iterate()
-	for entries.Next(&number, &cookie) {
-		if cookie != 0 {
-			l.taken[number] = cookie
+	for entries.Next(&number, &value) {
+		if value.Netns != 0 {
+			l.taken[number] = value
 		}
 	}
 	if err := entries.Err(); err != nil {
@@ -122,10 +122,11 @@ func (l *lookups) take(cookie uint64) (instance, error) {
 			return i, err
 		}
 	}
+	value := connectInstance{Netns: cookie, Version: l.version}
 	l.mu.Lock()
-	l.taken[i.number] = cookie
+	l.taken[i.number] = value
 	l.mu.Unlock()
-	if err := l.instances.Put(i.number, cookie); err != nil {
+	if err := l.instances.Put(i.number, value); err != nil {
 		return i, errors.Join(fmt.Errorf("give an instance of the lookup program its namespace: %w", err), i.program.Close())
 	}
 	return i, nil
@@ -168,7 +169,7 @@ func (l *lookups) number() (uint32, error) {
 		number := l.next
 		l.next = (l.next + 1) % l.instances.MaxEntries()
 		if _, ok := l.taken[number]; !ok {
-			l.taken[number] = 0
+			l.taken[number] = connectInstance{}
 			return number, nil
 		}
 	}
@@ -185,11 +186,11 @@ func (l *lookups) release(number uint32) {
 func (l *lookups) free(cookie uint64, kept *instance) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for number, owner := range l.taken {
-		if owner != cookie || kept != nil && kept.number == number {
+	for number, i := range l.taken {
+		if i.Netns != cookie || kept != nil && kept.number == number {
 			continue
 		}
-		if err := l.instances.Put(number, uint64(0)); err != nil {
+		if err := l.instances.Put(number, connectInstance{}); err != nil {
 			return fmt.Errorf("free an instance of the lookup program: %w", err)
 		}
 		delete(l.taken, number)
@@ -201,12 +202,26 @@ func (l *lookups) free(cookie uint64, kept *instance) error {
 func (l *lookups) cookies() (all []uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, cookie := range l.taken {
-		if cookie != 0 {
-			all = append(all, cookie)
+	for _, i := range l.taken {
+		if i.Netns != 0 {
+			all = append(all, i.Netns)
 		}
 	}
 	return all
+}
+
+// current tells whether a network namespace has an instance of the present version, and no other.
+func (l *lookups) current(cookie uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	found := false
+	for _, i := range l.taken {
+		if i.Netns == cookie && i.Version != l.version {
+			return false
+		}
+		found = found || i.Netns == cookie
+	}
+	return found
 }
 
 // stock keeps spare instances until ctx ends. It makes new ones while no pods start, with a fifth of a processor at most.
@@ -257,10 +272,9 @@ func (l *lookups) close() error {
 // Stock keeps what pods' starts need ready, so that they need not wait for it, until ctx ends.
 func (n *Node) Stock(ctx context.Context) error { return n.lookups.stock(ctx) }
 
-// ensureLookup has the present version of the program attached to the pod's network namespace. have is what the kernel
-// knows of the pod.
-func (n *Node) ensureLookup(ns *os.File, cookie uint64, have connectPod) error {
-	if have.Lookup == n.lookups.version {
+// ensureLookup has the present version of the program attached to the pod's network namespace.
+func (n *Node) ensureLookup(ns *os.File, cookie uint64) error {
+	if n.lookups.current(cookie) {
 		if ok, err := n.captured(cookie); ok || err != nil {
 			return err
 		}

@@ -59,6 +59,12 @@ type lookupHost struct {
 	}
 }
 
+type lookupInstance struct {
+	_       structs.HostLayout
+	Netns   uint64
+	Version uint64
+}
+
 type lookupListenerKey struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -82,7 +88,6 @@ type lookupPod struct {
 	AddrCount  uint32
 	Flags      uint32
 	Exclusions uint64
-	Lookup     uint64
 	Addrs      [8]struct {
 		_    structs.HostLayout
 		Word [4]uint32

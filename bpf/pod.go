@@ -49,7 +49,6 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.Prepare(pod.Cookie); err != nil {
 		return err
 	}
-	value.Lookup = n.lookups.version
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var old connectPod
@@ -60,7 +59,7 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	if err := n.putExclusions(wanted); err != nil {
 		return err
 	}
-	if err := n.ensureLookup(ns, pod.Cookie, old); err != nil {
+	if err := n.ensureLookup(ns, pod.Cookie); err != nil {
 		return err
 	}
 	if err := n.putPodAddrs(pod.Cookie, value.Addrs[:value.AddrCount], old.Addrs[:old.AddrCount]); err != nil {
@@ -168,7 +167,6 @@ func (n *Node) Holds(pod Pod) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	want.Lookup = n.lookups.version
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var have connectPod
@@ -177,7 +175,7 @@ func (n *Node) Holds(pod Pod) (bool, error) {
 	} else if err != nil {
 		return false, fmt.Errorf("look up the pod: %w", err)
 	}
-	if have != want {
+	if have != want || !n.lookups.current(pod.Cookie) {
 		return false, nil
 	}
 	return n.captured(pod.Cookie)

@@ -119,17 +119,22 @@ struct pod {
 	__u32 addr_count;
 	enum pod_flags flags;
 	__u64 exclusions; // stands for all of the pod's exclusions, for the agent
-	__u64 lookup;	// which version of lookup.c the pod has, for the agent
 	struct addr addrs[MAX_POD_ADDRS];
 	__u8 uid[UID_LEN]; // for the agent, which reads it back after a restart
 };
 
-// Which network namespace an instance of lookup.c is for, by the instance's number: the cookie, or 0.
+// instance is one of lookup.c.
+struct instance {
+	__u64 netns;	// the cookie of the network namespace that it is for, or 0
+	__u64 version;	// of the program, for the agent
+};
+
+// Instances by their number.
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 8192);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct instance);
 } instances SEC(".maps");
 
 struct host {

@@ -20,6 +20,7 @@ func TestPinnedMapsKeepTheirShape(t *testing.T) {
 		"exclusions":        "Hash 16 4 65536 1",
 		"exempt":            "SkStorage 4 4 0 1",
 		"host_config":       "Array 4 40 1 0",
+		"instances":         "Array 4 16 8192 0",
 		"listeners":         "SockHash 16 8 40960 0",
 		"pod_addrs":         "Hash 16 8 32768 1",
 		"pods":              "Hash 8 208 4096 1",
