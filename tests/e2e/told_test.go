@@ -52,9 +52,12 @@ func (w *world) captured(t *testing.T, pod string) string {
 func TestUncapturedPodsAreRefusedAndTold(t *testing.T) {
 	const uncaptured = "fairlead_cni_uncaptured_pods"
 	w := newWorld(t, "uncaptured", "alice")
-	if n := agentMetric(t, "node1", uncaptured); n != 0 || w.captured(t, "alice") != "" {
-		t.Fatalf("control: outside the mesh %v pods count as not captured, condition %q", n, w.captured(t, "alice"))
-	}
+	eventually(t, 60*time.Second, "control: outside the mesh nothing is said", func() error { // pods of other tests may still be going
+		if is, n := w.captured(t, "alice"), agentMetric(t, "node1", uncaptured); is != "" || n != 0 {
+			return fmt.Errorf("%q, %v pods", is, n)
+		}
+		return nil
+	})
 	place := func(selector string) {
 		t.Helper()
 		kubectl(t, "-n", "istio-system", "patch", "daemonset", "ztunnel", "-p",
@@ -72,7 +75,7 @@ func TestUncapturedPodsAreRefusedAndTold(t *testing.T) {
 	if message := w.told(t, "alice", "FailedCapture"); !strings.Contains(message, "no node proxy is connected") {
 		t.Errorf("the event says %q", message)
 	}
-	eventually(t, 10*time.Second, "condition and metric say that alice is not captured", func() error {
+	eventually(t, 60*time.Second, "condition and metric say that alice is not captured", func() error {
 		if is, n := w.captured(t, "alice"), agentMetric(t, "node1", uncaptured); is != "False FailedCapture" || n != 1 {
 			return fmt.Errorf("%q, %v pods", is, n)
 		}
