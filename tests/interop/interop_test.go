@@ -146,6 +146,7 @@ var weak = map[proxy]struct{ client, server map[string]string }{
 		client: map[string]string{
 			"write after the reader has gone": "a reset after the end is not passed on",
 			"urgent byte, taken in line":      "drops it",
+			"reset at once":                   "may end in order, when the reset comes together with the answer",
 		},
 		server: map[string]string{
 			"addresses":                "shows its own address",
