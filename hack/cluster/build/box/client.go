@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -315,10 +316,22 @@ func udp(_ context.Context, args []string) error {
 }
 
 func lookup(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("lookup", flag.ExitOnError)
+	server := fs.String("server", "", "resolver to ask, IP:PORT; empty: those of resolv.conf")
+	network := fs.String("network", "", "udp or tcp; empty: udp, and tcp for long answers")
+	timeout := fs.Duration("timeout", 20*time.Second, "for each name")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, way, address string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, cmp.Or(*network, way), cmp.Or(*server, address))
+	}}
 	var failed error
-	for _, name := range args {
+	for _, name := range fs.Args() {
+		ctx, cancel := context.WithTimeout(ctx, *timeout)
 		start := time.Now()
-		found, err := net.DefaultResolver.LookupHost(ctx, name)
+		found, err := resolver.LookupHost(ctx, name)
+		cancel()
 		(&printer{}).print(map[string]any{"name": name, "addresses": found, "error": text(err), "ms": milliseconds(time.Since(start))})
 		failed = errors.Join(failed, err)
 	}

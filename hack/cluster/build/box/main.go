@@ -28,7 +28,8 @@ box whoami HOST:PORT [-timeout 5s]
     prints what a whoami server says.
 box udp HOST:PORT [-d TEXT] [-timeout 5s]      one datagram and its answer
 box syn IP:PORT [-from 4242]                   one SYN by a raw socket
-box lookup NAME...                             addresses of a name
+box lookup [-server IP:PORT] [-network udp|tcp] [-timeout 20s] NAME...
+    addresses of names
 box addrs                                      this network namespace's addresses
 box sleep [DURATION]                           until a signal, or that long
 box pause                                      until a signal, reaping children
