@@ -15,6 +15,7 @@
 //	pods/COOKIE/guard-N     the guard's attachment to that interface, for pods that ran already and where others have programs
 //	refused/UID-in, UID-out the attachments to the cgroup of a pod that could not be captured
 //	pods/COOKIE/elders      a directory: connections older than the pod's membership have been exempted
+//	pods/COOKIE/changed     a directory: connections older than a change of the pod's exclusions have not been exempted yet
 //
 // The map listeners is filled in by the proxy.
 package bpf

@@ -311,18 +311,31 @@ int guard(struct __sk_buff *skb)
 	return DROP;
 }
 
-// elders exempts the connections that exist in the network namespace of who reads it, and writes a byte for each that is
-// just being made: that one gets its socket later.
-SEC("iter/tcp")
-int elders(struct bpf_iter__tcp *ctx)
+// exempt_open exempts a connection that exists in the network namespace of who reads the iterator, and writes a byte for one
+// that is just being made: it gets its socket later, or is not known to come to be.
+static __always_inline int exempt_open(struct bpf_iter__tcp *ctx, int opening)
 {
 	struct sock_common *sk = ctx->sk_common;
 	if (!sk)
 		return 0;
 	__u8 state = sk->skc_state;
-	if (state == BPF_TCP_NEW_SYN_RECV)
+	if (state == BPF_TCP_NEW_SYN_RECV || (state == BPF_TCP_SYN_SENT && !opening))
 		bpf_seq_write(ctx->meta->seq, &state, sizeof(state));
 	else if (state != BPF_TCP_LISTEN)
 		bpf_sk_storage_get(&exempt, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	return 0;
+}
+
+// elders is for what is older than the pod's membership.
+SEC("iter/tcp")
+int elders(struct bpf_iter__tcp *ctx)
+{
+	return exempt_open(ctx, 1);
+}
+
+// changed is for what is older than a change of the pod's exclusions. What the guard has kept from opening gains nothing by it.
+SEC("iter/tcp")
+int changed(struct bpf_iter__tcp *ctx)
+{
+	return exempt_open(ctx, 0);
 }

@@ -25,6 +25,8 @@ const (
 	filterPin = "filter-"
 	// eldersPin is a directory there, once the connections that are older than the pod's membership are exempt.
 	eldersPin = "elders"
+	// changedPin is a directory there, while those that are older than a change of its exclusions are not.
+	changedPin = "changed"
 )
 
 // Wire is the host's end of a pod's interface.
@@ -75,29 +77,55 @@ func (n *Node) openGuard() error {
 func (n *Node) Unguarded() error { return n.unguarded }
 
 // EnsureElders lets the connections that exist in the pod's network namespace, which must be the calling thread's, go on
-// past the guard. It is done once for a pod; with none set, there is nothing in the namespace yet. The result is how many
-// connections are just being made, for which it must be called again; last says that it will not be.
+// past the guard. It is done once for a pod, and once more when its exclusions have changed; with none set, there is
+// nothing in the namespace yet. The result is how many connections are just being made, for which it must be called again;
+// last says that it will not be.
 func (n *Node) EnsureElders(cookie uint64, none, last bool) (pending int, err error) {
-	done := n.podPath(cookie, eldersPin)
-	if _, err := os.Lstat(done); err == nil || n.unguarded != nil {
+	if n.unguarded != nil {
+		return 0, nil
+	}
+	done, changed := n.podPath(cookie, eldersPin), n.podPath(cookie, changedPin)
+	program := n.guard.Changed
+	if _, err := os.Lstat(done); err != nil {
+		program = n.guard.Elders
+	} else if _, err := os.Lstat(changed); err != nil {
 		return 0, nil
 	}
 	if !none {
-		if pending, err = n.runElders(); err != nil {
+		if pending, err = exemptOpen(program); err != nil {
 			return 0, fmt.Errorf("exempt open connections: %w", err)
 		}
 	}
 	if pending > 0 && !last {
 		return pending, nil
 	}
-	if err := os.Mkdir(done, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := makeNote(done); err != nil {
+		return 0, fmt.Errorf("note that open connections are exempt: %w", err)
+	}
+	if err := os.Remove(changed); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, fmt.Errorf("note that open connections are exempt: %w", err)
 	}
 	return 0, nil
 }
 
-func (n *Node) runElders() (pending int, err error) {
-	it, err := link.AttachIter(link.IterOptions{Program: n.guard.Elders})
+// noteChange has EnsureElders look at the pod's connections once more.
+func (n *Node) noteChange(cookie uint64) error {
+	if err := makeNote(n.podPath(cookie, changedPin)); err != nil {
+		return fmt.Errorf("note that the pod's exclusions change: %w", err)
+	}
+	return nil
+}
+
+// makeNote makes a directory, which is all that a BPF file system has beside programs, links and maps.
+func makeNote(path string) error {
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+func exemptOpen(program *ebpf.Program) (pending int, err error) {
+	it, err := link.AttachIter(link.IterOptions{Program: program})
 	if err != nil {
 		return 0, err
 	}
@@ -143,7 +171,7 @@ func (n *Node) ensureWire(pod Pod, w Wire, fresh bool) error {
 	_, err := os.Lstat(mark)
 	filtered := err == nil
 	if (fresh || filtered) && !n.shared(w) {
-		if err := os.Mkdir(mark, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := makeNote(mark); err != nil {
 			return fmt.Errorf("note that the interface has a filter: %w", err)
 		}
 		if taken, err := n.cfg.Filters.Ensure(w.Ifindex, n.guard.Guard); !taken || err != nil {
@@ -228,6 +256,9 @@ func (n *Node) Guarded(pod Pod, wires []Wire) (bool, error) {
 	defer n.mu.Unlock()
 	if pins, err := n.guardPins(pod.Cookie); err != nil || len(pins) != len(wires) {
 		return false, err
+	}
+	if _, err := os.Lstat(n.podPath(pod.Cookie, changedPin)); err == nil {
+		return false, nil
 	}
 	for _, w := range wires {
 		if !n.knows(pod, w) {

@@ -134,6 +134,7 @@ const (
 	guardMapPods             = "pods"
 	guardMapProxies          = "proxies"
 	guardMapWires            = "wires"
+	guardProgChanged         = "changed"
 	guardProgElders          = "elders"
 	guardProgGuard           = "guard"
 	guardVarAnAttempt        = "an_attempt"
@@ -183,8 +184,9 @@ type guardSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type guardProgramSpecs struct {
-	Elders *ebpf.ProgramSpec `ebpf:"elders"`
-	Guard  *ebpf.ProgramSpec `ebpf:"guard"`
+	Changed *ebpf.ProgramSpec `ebpf:"changed"`
+	Elders  *ebpf.ProgramSpec `ebpf:"elders"`
+	Guard   *ebpf.ProgramSpec `ebpf:"guard"`
 }
 
 // guardMapSpecs contains maps before they are loaded into the kernel.
@@ -275,12 +277,14 @@ type guardVariables struct {
 //
 // It can be passed to loadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type guardPrograms struct {
-	Elders *ebpf.Program `ebpf:"elders"`
-	Guard  *ebpf.Program `ebpf:"guard"`
+	Changed *ebpf.Program `ebpf:"changed"`
+	Elders  *ebpf.Program `ebpf:"elders"`
+	Guard   *ebpf.Program `ebpf:"guard"`
 }
 
 func (p *guardPrograms) Close() error {
 	return _GuardClose(
+		p.Changed,
 		p.Elders,
 		p.Guard,
 	)

@@ -290,7 +290,7 @@ func Remove(dir, mounts string, filters Filters) error {
 		return err
 	}
 	for _, pin := range slices.Concat(links, pods, refused) {
-		if filepath.Base(pin) == eldersPin {
+		if name := filepath.Base(pin); name == eldersPin || name == changedPin {
 			continue
 		}
 		end := func() error { return detach(pin) }

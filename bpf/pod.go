@@ -52,8 +52,16 @@ func (n *Node) EnsurePod(ns *os.File, pod Pod) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var old connectPod
-	if err := n.maps.Pods.Lookup(pod.Cookie, &old); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	known := true
+	if err := n.maps.Pods.Lookup(pod.Cookie, &old); errors.Is(err, ebpf.ErrKeyNotExist) {
+		known = false
+	} else if err != nil {
 		return fmt.Errorf("look up the pod: %w", err)
+	}
+	if known && old.Exclusions != value.Exclusions {
+		if err := n.noteChange(pod.Cookie); err != nil {
+			return err
+		}
 	}
 	wanted := compile(pod)
 	if err := n.putExclusions(wanted); err != nil {

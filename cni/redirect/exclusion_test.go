@@ -1,7 +1,9 @@
 package redirect_test
 
 import (
+	"net"
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
@@ -70,6 +72,60 @@ func TestExclusions(t *testing.T) {
 					}
 				}
 			}
+		})
+	}
+}
+
+// TestChangedExclusionsCutNothing: a connection that an exclusion has let past the proxy goes on when the exclusion is gone,
+// also one on which the pod has not sent anything yet; a new one does not.
+func TestChangedExclusionsCutNothing(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t, f.mode)
+			taken := make(chan accepted, 16)
+			l.ensure(t, pod4, pod6)
+			l.proxy(t, taken)
+			moveTo(t, l.makeCgroup(t, "app")) // sockets from here on are not the proxy's
+			listen(t, "server", l.host, f.at(f.remote, 5432), taken)
+			listen(t, "app", l.pod, f.anyPort(5432), taken)
+			pod := l.podOf(pod4, pod6)
+			pod.Exclude = mesh.Exclusions{Out: mesh.Exclusion{Ports: []uint16{5432}}, In: mesh.Exclusion{Ports: []uint16{5432}}}
+			ensure := func() {
+				t.Helper()
+				if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+					t.Fatal(err)
+				}
+				if held, err := l.redirector.Holds(pod); err != nil || !held {
+					t.Fatalf("not held: %v %v", held, err)
+				}
+			}
+			ensure()
+			open := func(from *os.File, dst netip.AddrPort, wanted string) (opened, taker net.Conn) {
+				t.Helper()
+				c, err := dialAs(soon(t), 1000, from, dst)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { c.Close() })
+				a := next(t, taken)
+				if a.by != wanted {
+					t.Fatalf("%v is taken by %s, want %s", dst, a.by, wanted)
+				}
+				return c, a.conn
+			}
+			client, server := open(l.pod, f.at(f.remote, 5432), "server")
+			peer, app := open(l.host, f.at(f.pod, 5432), "app")
+			talking, talker := open(l.host, f.at(f.pod, 5432), "app")
+			exchange(t, talker, talking)
+
+			pod.Exclude = mesh.Exclusions{}
+			ensure()
+			exchange(t, client, server)
+			exchange(t, server, client)
+			exchange(t, app, peer)
+			exchange(t, talker, talking)
+			open(l.pod, f.at(f.remote, 5432), "outbound")
+			open(l.host, f.at(f.pod, 5432), "plaintext")
 		})
 	}
 }
