@@ -15,7 +15,7 @@ import (
 func TestPinnedMapsKeepTheirShape(t *testing.T) {
 	want := map[string]string{ // type, bytes of a key, bytes of a value, entries, flags
 		"attempts":          "RingBuf 0 0 65536 0",
-		"counters":          "PerCPUArray 4 8 12 0",
+		"counters":          "PerCPUArray 4 8 32 0",
 		"excluded_networks": "LPMTrie 32 4 65536 1",
 		"exclusions":        "Hash 16 4 65536 1",
 		"exempt":            "SkStorage 4 4 0 1",
