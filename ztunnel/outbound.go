@@ -172,11 +172,17 @@ func (p *Proxy) onThisNode(c *connection, d route.Decision) *pod {
 	return peer
 }
 
-// sendNode goes straight to a pod of this node. Both identities are known, as both pods are this proxy's; the
-// destination's policies are asked as if the connection had come through a tunnel, and it is counted and logged twice,
-// as each side's.
+// sendNode goes straight to a pod of this node, where a tunnel could too. Both identities are known, as both pods are this
+// proxy's; the destination's policies are asked as if the connection had come through a tunnel, and it is counted and
+// logged twice, as each side's.
 func (p *Proxy) sendNode(ctx context.Context, c *connection, peer *pod, d route.Decision, app *net.TCPConn) *failure {
-	c.path, c.hop, c.destID, c.mutualTLS = pathNode, d.Target, peer.identity, true
+	c.path = pathNode
+	if peer != c.pod {
+		if err := p.mayReach(ctx, c.pod, d.NextHop); err != nil {
+			return classify(err)
+		}
+	}
+	c.hop, c.destID, c.mutualTLS = d.Target, peer.identity, true
 	in := p.connections.open(peer, inbound, c.client, d.Target)
 	in.source, in.sourceID, in.destination, in.destID = c.source, c.sourceID, c.destination, c.destID
 	in.service, in.path, in.mutualTLS = c.service, pathNode, true

@@ -51,6 +51,7 @@ type pod struct {
 	stops       []func()       // end accepting
 	// queries and dnsConnections bound what the pod may ask at once.
 	queries, dnsConnections chan struct{}
+	reach                   reach // of the pods of this node
 }
 
 // workload is what the mesh knows of the pod, or nil.
