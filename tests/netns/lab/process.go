@@ -80,7 +80,8 @@ func (p *process) kill() {
 	<-p.done
 }
 
-// stop asks the program to end and waits for it; one that does not end in time is killed, which is an error.
+// stop asks the program to end and waits for it; one that does not end in time is made to, which is an error with the
+// stacks of its goroutines.
 func (p *process) stop(patience time.Duration) error {
 	if p == nil || !p.running() {
 		return nil
@@ -90,8 +91,7 @@ func (p *process) stop(patience time.Duration) error {
 	case <-p.done:
 		return nil
 	case <-time.After(patience):
-		p.kill()
-		return fmt.Errorf("%s did not end within %v of SIGTERM", p.name, patience)
+		return fmt.Errorf("%s did not end within %v of SIGTERM; %s", p.name, patience, p.stacks())
 	}
 }
 
