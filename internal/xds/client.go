@@ -202,6 +202,8 @@ func (c *Client) stream(ctx context.Context) (received bool, err error) {
 			}
 		case err := <-failed:
 			return received, err
+		case <-ctx.Done(): // which the reader may have seen instead of handing its response over
+			return received, ctx.Err()
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -381,4 +382,29 @@ func TestNamedSubscriptions(t *testing.T) {
 	p.server.Update(stringType, "", []Resource{res("a", "2"), res("gone", "1")}, nil)
 	names, _ = receive()
 	expect(t, "appeared", []string{"gone"}, names)
+}
+
+// TestEndsWhileAResponseComes: a client ends when it is told to, also when the reader has a response at that moment.
+func TestEndsWhileAResponseComes(t *testing.T) {
+	p := newPlane(t, ServerConfig{Coalesce: time.Microsecond})
+	p.server.Set(stringType, "", nil)
+	for i := range 300 {
+		c := NewClient(ClientConfig{Dial: p.dial, Node: &core.Node{Id: "n"}, Log: zap.NewNop()})
+		c.Subscribe(stringType, newHolder())
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = c.Run(ctx)
+		}()
+		waitSynced(t, c)
+		p.server.Update(stringType, "", []Resource{res("a", fmt.Sprint(i))}, nil)
+		time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("round %d: the client did not end", i)
+		}
+	}
 }
