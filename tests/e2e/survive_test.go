@@ -14,7 +14,7 @@ func TestKilledProxyLeaksNothingAndComesBack(t *testing.T) {
 	c := startCapture(t, "node2")
 	// By its address: names asked for while the proxy is away are answered when the resolver asks again, seconds later.
 	server := kubectl(t, "-n", w.namespace, "get", "service", "server", "-o", "jsonpath={.spec.clusterIP}")
-	load := w.start(t, "alice", "http://"+server+"/", "-n", "600", "-interval", "20ms", "-timeout", "1s", "-method", "POST", "-d", mark)
+	load := w.start(t, "alice", "http://"+server+"/", "-n", "1500", "-interval", "20ms", "-timeout", "1s", "-method", "POST", "-d", mark)
 	time.Sleep(2 * time.Second)
 
 	killed := time.Now()
