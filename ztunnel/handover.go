@@ -2,8 +2,8 @@ package ztunnel
 
 // The end of a proxy whose successor runs already, in steps:
 //  1. Every proxy that is ready waits for its predecessor on a socket (takeOver).
-//  2. On SIGTERM, drain connects to the successor. Its own listeners are out of the pods' slots by then; what came to them
-//     before is still served here.
+//  2. On SIGTERM, drain connects to the successor. Its own listeners are out of the pods' slots by then, or share their ports
+//     with the successor's (nftables); they end when what was on its way to them is here, and that is still served here.
 //  3. What stands between two sockets is frozen and offered: tunnels with their streams, and relays (giveAll).
 //  4. The successor finds the pod, prepares (prepare), and registers the connections once the offer is committed, so that
 //     its policies are asked and their one line is written by it.
@@ -32,7 +32,7 @@ const (
 	// offerInterval is the pause before what could not be given is offered again, or a successor is looked for.
 	offerInterval = 50 * time.Millisecond
 	// lateConnects is how long connections that were on their way to this proxy's listeners when the successor's took
-	// their place may take to be accepted.
+	// their place may take to be accepted. Then the listeners end.
 	lateConnects = time.Second
 )
 
@@ -182,11 +182,13 @@ func (p *Proxy) carry(c *connection, by carrier) {
 	}
 }
 
-// giveAll offers all there is to a successor until there are no connections here, no more come, or ctx ends. Without a
-// successor it only waits.
+// giveAll offers all there is to a successor until there are no connections here, or ctx ends. Beside a successor the
+// listeners end on the way, so that no more come: where both proxies listen on the same ports connections come here to the
+// last. Without a successor it only waits.
 func (p *Proxy) giveAll(ctx context.Context) {
 	var to *handover.Giver
 	var met time.Time // when the successor was first there
+	left := false     // the listeners have ended
 	given := &gift{p: p}
 	defer func() {
 		if to != nil {
@@ -209,7 +211,11 @@ func (p *Proxy) giveAll(ctx context.Context) {
 			to.Close()
 			to = nil
 		}
-		if met.IsZero() || time.Since(met) > lateConnects {
+		if !met.IsZero() && !left && time.Since(met) > lateConnects {
+			p.pods.close()
+			left = true
+		}
+		if met.IsZero() || left {
 			select {
 			case <-p.connections.drained():
 				return

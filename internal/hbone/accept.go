@@ -120,22 +120,20 @@ func (a *acceptor) stop() {
 
 // Accept implements Driver.
 func (d *goroutines) Accept(ln *net.TCPListener, accepted func(int, netip.AddrPort), failed func(error)) (func(), error) {
-	stopped := make(chan struct{})
+	stopping, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
+		defer close(stopped)
 		for {
 			c, err := ln.AcceptTCP()
-			select {
-			case <-stopped:
-				if err == nil {
-					resetApp(c)
-				}
-				return
-			default:
-			}
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
 			if err != nil {
+				select {
+				case <-stopping:
+					return
+				default:
+				}
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
 				failed(err)
 				time.Sleep(acceptPause)
 				continue
@@ -151,7 +149,8 @@ func (d *goroutines) Accept(ln *net.TCPListener, accepted func(int, netip.AddrPo
 		}
 	}()
 	return sync.OnceFunc(func() {
-		close(stopped)
+		close(stopping)
 		_ = ln.SetDeadline(time.Unix(1, 0)) // fails only on a listener that is closed, which wakes Accept as well
+		<-stopped
 	}), nil
 }
