@@ -59,11 +59,8 @@ func newNFT(cfg Config) (backend, error) {
 // nftPresent tells whether the host has the table.
 func nftPresent(cfg Config) (present bool, err error) {
 	err = netns.Do(cfg.HostNetns, func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		present, err = hasTable(conn)
+		_, exists, err := openTable()
+		present = exists
 		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) {
 			return nil // a kernel without nftables
 		}
@@ -229,11 +226,8 @@ func (n *nft) forget(gone func(cookie uint64) bool) error {
 // inSets calls do for each set of the host's table with what it has; there are none where somebody has removed it.
 func (n *nft) inSets(do func(*nftables.Conn, family, []nftables.SetElement) error) error {
 	return netns.Do(n.host, func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		if exists, err := hasTable(conn); err != nil || !exists {
+		conn, exists, err := openTable()
+		if err != nil || !exists {
 			return err
 		}
 		sets, err := conn.GetSets(table())

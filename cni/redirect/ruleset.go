@@ -19,58 +19,35 @@ import (
 
 // ensureChains makes the table hold exactly these chains, in one transaction.
 func ensureChains(chains []Chain) error {
-	conn, err := nftables.New()
+	conn, exists, err := openTable()
 	if err != nil {
 		return err
 	}
-	exists, err := hasTable(conn)
-	if err != nil {
-		return err
-	}
-	if exists {
-		conn.DelTable(table())
-	}
-	t := conn.AddTable(table())
-	for _, c := range chains {
-		addChain(conn, t, c)
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("make nftables table %s: %w", TableName, err)
-	}
-	return nil
+	return putChains(conn, exists, chains)
 }
 
 // beginTable is ensureChains where there is no table yet, and nothing elsewhere.
 func beginTable(chains []Chain) error {
-	conn, err := nftables.New()
-	if err != nil {
+	conn, exists, err := openTable()
+	if err != nil || exists {
 		return err
 	}
-	if exists, err := hasTable(conn); err != nil || exists {
-		return err
-	}
-	return ensureChains(chains)
+	return putChains(conn, exists, chains)
 }
 
 // replaceChains is ensureChains where there is a table already, and nothing elsewhere.
 func replaceChains(chains []Chain) error {
-	conn, err := nftables.New()
-	if err != nil {
+	conn, exists, err := openTable()
+	if err != nil || !exists {
 		return err
 	}
-	if exists, err := hasTable(conn); err != nil || !exists {
-		return err
-	}
-	return ensureChains(chains)
+	return putChains(conn, exists, chains)
 }
 
 // removeTable takes the table away, if there is one.
 func removeTable() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	if exists, err := hasTable(conn); err != nil || !exists {
+	conn, exists, err := openTable()
+	if err != nil || !exists {
 		return err
 	}
 	conn.DelTable(table())
@@ -82,11 +59,8 @@ func removeTable() error {
 
 // heldChains tells whether the table holds exactly these chains.
 func heldChains(want []Chain) (bool, error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return false, err
-	}
-	if exists, err := hasTable(conn); err != nil || !exists {
+	conn, exists, err := openTable()
+	if err != nil || !exists {
 		return false, err
 	}
 	all, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
@@ -136,15 +110,33 @@ func table() *nftables.Table {
 	return &nftables.Table{Family: nftables.TableFamilyINet, Name: TableName}
 }
 
-func hasTable(conn *nftables.Conn) (bool, error) {
-	_, err := conn.ListTableOfFamily(TableName, nftables.TableFamilyINet)
-	if errors.Is(err, unix.ENOENT) {
-		return false, nil
+// openTable is a connection to the kernel, and whether it has the table.
+func openTable() (conn *nftables.Conn, exists bool, err error) {
+	if conn, err = nftables.New(); err != nil {
+		return nil, false, err
+	}
+	if _, err = conn.ListTableOfFamily(TableName, nftables.TableFamilyINet); errors.Is(err, unix.ENOENT) {
+		return conn, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look for nftables table %s: %w", TableName, err)
+		return nil, false, fmt.Errorf("look for nftables table %s: %w", TableName, err)
 	}
-	return true, nil
+	return conn, true, nil
+}
+
+// putChains makes the table, or makes it anew if it exists.
+func putChains(conn *nftables.Conn, exists bool, chains []Chain) error {
+	if exists {
+		conn.DelTable(table())
+	}
+	t := conn.AddTable(table())
+	for _, c := range chains {
+		addChain(conn, t, c)
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("make nftables table %s: %w", TableName, err)
+	}
+	return nil
 }
 
 func addChain(conn *nftables.Conn, t *nftables.Table, c Chain) {
