@@ -468,38 +468,3 @@ func (t *loopTunnel) checkAlive() {
 	}
 	t.timer.Reset(min(next, t.tc.ping))
 }
-
-// lost ends the tunnel because of what the peer sent: the end of the connection, or something wrong that it is told of.
-func (t *loopTunnel) lost(err error) {
-	if err == io.EOF && t.m.Streams() == 0 {
-		err = nil
-	}
-	t.fail(err)
-}
-
-// fail ends the tunnel and its streams; nil is a quiet end. What the peer should know is still sent: GOAWAY, the alert for a
-// bad record, close_notify.
-func (t *loopTunnel) fail(err error) {
-	if t.dead {
-		return
-	}
-	last := t.lastWords(err)
-	t.dead, t.err = true, err
-	if t.timer != nil {
-		t.timer.Stop()
-	}
-	lost := err
-	if lost == nil {
-		lost = io.EOF
-	}
-	t.m.Each(func(ms *machine.Stream) { t.endStream(ms.User.(*Stream), &TunnelError{Err: lost}) })
-	t.spaceApps, t.spaceStreams, t.windowApps, t.blocked, t.tail = nil, nil, nil, nil, nil
-	t.window.close()
-	t.rec.Clear()
-	if t.buf != nil {
-		t.w.freeSendBuffer(t.buf)
-		t.buf = nil
-	}
-	t.tc.events.draining()
-	t.w.sayFarewell(t.fd, last, func() { t.tc.events.ended(err) })
-}
