@@ -15,17 +15,29 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
-func TestBeginInsideANamespace(t *testing.T) {
-	ns := newNetns(t)
+func newBeginner(t *testing.T) *netns.Beginner {
+	t.Helper()
 	b, err := netns.NewBeginner()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer b.Close()
-	home, err := netns.Cookie(nil)
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+// cookie is that of a network namespace, or of this process's (nil).
+func cookie(t *testing.T, ns *os.File) uint64 {
+	t.Helper()
+	c, err := netns.Cookie(ns)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c
+}
+
+func TestBeginInsideANamespace(t *testing.T) {
+	ns, b := newNetns(t), newBeginner(t)
+	home := cookie(t, nil)
 	for _, addr := range []string{"127.0.0.1:0", "[::1]:0"} {
 		l, err := netns.Listen(ns, "tcp", netip.MustParseAddrPort(addr), netns.ProxyMark, false)
 		if err != nil {
@@ -69,15 +81,10 @@ func TestBeginInsideANamespace(t *testing.T) {
 
 // The listener's queue is full, so that the kernel answers no more SYNs: the connection stays pending.
 func TestBegunConnectionIsFinishedLater(t *testing.T) {
-	ns := newNetns(t)
-	b, err := netns.NewBeginner()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.Close()
+	ns, b := newNetns(t), newBeginner(t)
 	var listener int
 	var dst netip.AddrPort
-	err = netns.Do(ns, func() (err error) {
+	err := netns.Do(ns, func() (err error) {
 		if listener, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0); err != nil {
 			return err
 		}
@@ -119,20 +126,9 @@ func TestBegunConnectionIsFinishedLater(t *testing.T) {
 
 // TestThreadThatCannotGoBack: the caller gets an error, nothing else runs on the thread, and the next call brings it home.
 func TestThreadThatCannotGoBack(t *testing.T) {
-	ns := newNetns(t)
-	b, err := netns.NewBeginner()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.Close()
-	home, err := netns.Cookie(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	inside, err := netns.Cookie(ns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	ns, b := newNetns(t), newBeginner(t)
+	home := cookie(t, nil)
+	inside := cookie(t, ns)
 	if home == inside {
 		t.Fatal("the namespace is this one")
 	}
