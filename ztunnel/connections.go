@@ -54,6 +54,7 @@ type connections struct {
 	// ports counts the source ports that clients of inbound connections use, by the pair of addresses.
 	ports map[portKey]int
 	empty chan struct{} // closed while live is empty
+	moves int           // connections that came or went
 }
 
 // portKey is a client's end of a connection to one of a pod's ports.
@@ -111,6 +112,7 @@ func (s *connections) add(c *connection) {
 		s.empty = make(chan struct{})
 	}
 	s.live[c] = struct{}{}
+	s.moves++
 	c.pod.connections++
 	if c.direction == inbound {
 		s.ports[portKey{c.client, c.asked}]++
@@ -120,11 +122,19 @@ func (s *connections) add(c *connection) {
 // remove takes a connection out of the set. The lock is held.
 func (s *connections) remove(c *connection) {
 	delete(s.live, c)
+	s.moves++
 	c.pod.connections--
 	s.forgetPort(c)
 	if len(s.live) == 0 {
 		close(s.empty)
 	}
+}
+
+// moved is how many connections have come and gone so far, and how many there are.
+func (s *connections) moved() (moves, live int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.moves, len(s.live)
 }
 
 // forgetPort takes out what open has noted of a connection's ends. The lock is held.

@@ -247,3 +247,22 @@ func TestReasonsAreDocumented(t *testing.T) {
 		}
 	}
 }
+
+func TestMemoryIsGivenBackAfterABurst(t *testing.T) {
+	for name, c := range map[string]struct {
+		moves, all, live int
+		want             bool
+	}{
+		"after the start":          {0, leastMoves, 0, true},
+		"nothing happened since":   {0, 0, 1000, false},
+		"few came since":           {0, leastMoves - 1, 0, false},
+		"a burst goes on":          {quietMoves, 5000, 5000, false},
+		"a burst is over":          {quietMoves - 1, 5000, 5000, true},
+		"few against what is open": {0, 5000, 20004, false},
+		"many of what is open":     {0, 5000, 20000, true},
+	} {
+		if got := overdue(c.moves, c.all, c.live); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
