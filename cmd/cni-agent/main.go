@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -111,9 +110,6 @@ func (o options) run(verb string) error {
 		return err
 	}
 	defer func() { _ = log.Sync() }()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50) // it is idle most of the time, and on every node
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	if verb == "withdraw" {

@@ -77,22 +77,24 @@ func (e *enroller) take(uid string) func() {
 // start captures a pod whose sandbox was just made, before any of its containers runs: the redirection first, so that
 // there is no moment without. When the proxy does not accept the pod, everything is taken back and the start fails.
 func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
+	asked := time.Now()
 	defer e.take(rec.UID)()
 	defer e.use()
-	began := time.Now()
 	e.at("start: asked")
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}
+	var waited time.Duration
 	err := func() error {
 		e.starting <- struct{}{}
 		defer func() { <-e.starting }()
+		waited = time.Since(asked)
 		return e.redirect(ctx, &rec, ns, true)
 	}()
 	if err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}
-	redirected := time.Since(began)
+	redirected := time.Since(asked)
 	e.metrics.redirected.Observe(redirected.Seconds())
 	e.at("start: redirected")
 	if err := e.announce(ctx, rec, ns); err != nil {
@@ -100,7 +102,7 @@ func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	}
 	e.at("start: accepted")
 	e.log.Info("pod starts in the mesh", zap.String("pod", rec.pod()), zap.String("uid", rec.UID),
-		zap.Uint64("netns", rec.Cookie), zap.Duration("redirected", redirected), zap.Duration("took", time.Since(began)))
+		zap.Uint64("netns", rec.Cookie), zap.Duration("waited", waited), zap.Duration("redirected", redirected), zap.Duration("took", time.Since(asked)))
 	return nil
 }
 
@@ -140,19 +142,22 @@ func (e *enroller) capture(ctx context.Context, rec record, late bool, uids ...s
 	}
 	defer ns.Close()
 	rec.Netns = path
-	if cookie, err := netns.Cookie(ns); err != nil {
+	cookie, err := netns.Cookie(ns)
+	if err != nil {
 		return err
-	} else if rec.Redirected && cookie != rec.Cookie {
+	}
+	if rec.Redirected && cookie != rec.Cookie {
 		// Another sandbox than the one that was captured.
 		if err := e.redirector.Release(rec.Cookie, nil); err != nil {
 			return err
 		}
 		rec.Redirected = false
 	}
+	rec.Cookie = cookie
 	e.at("capture: found")
 	var announced error
 	if !rec.Redirected && !late {
-		if rec.Cookie, err = e.redirector.Prepare(ctx, rec.target(ns)); err != nil {
+		if _, err := e.redirector.Prepare(ctx, rec.target(ns)); err != nil {
 			return err
 		}
 		e.at("capture: prepared")
@@ -176,14 +181,10 @@ func (e *enroller) capture(ctx context.Context, rec record, late bool, uids ...s
 	return announced
 }
 
-// redirect records the pod as redirected and then redirects it, so that a crash in between leaves more, not less, in
-// the record than in the kernel. With fresh set, nothing has run in the pod yet.
+// redirect records the pod, whose cookie is that of ns, as redirected and then redirects it, so that a crash in between
+// leaves more, not less, in the record than in the kernel. With fresh set, nothing has run in the pod yet.
 func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File, fresh bool) error {
-	cookie, err := netns.Cookie(ns)
-	if err != nil {
-		return err
-	}
-	rec.Cookie, rec.Redirected, rec.Routed = cookie, true, true
+	rec.Redirected, rec.Routed = true, true
 	if err := e.records.put(*rec); err != nil {
 		return err
 	}
@@ -194,7 +195,7 @@ func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File, fresh
 	}
 	target := rec.target(ns)
 	target.Fresh = fresh
-	_, err = e.redirector.Ensure(ctx, target)
+	_, err := e.redirector.Ensure(ctx, target)
 	return err
 }
 

@@ -107,7 +107,8 @@ func (r *records) all() []record {
 	return all
 }
 
-// put adds or replaces a record; the file is whole or not there, also after a crash.
+// put adds or replaces a record; the file is whole or not there, also after a crash. Of one pod's records, one is put or
+// removed at a time.
 func (r *records) put(rec record) error {
 	if !validUID.MatchString(rec.UID) {
 		return fmt.Errorf("record a pod: its UID %q is not one", rec.UID)
@@ -116,8 +117,6 @@ func (r *records) put(rec record) error {
 	if err != nil {
 		return fmt.Errorf("encode pod record: %w", err)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	temporary := r.path(rec.UID) + ".new"
 	if err := os.WriteFile(temporary, content, 0o600); err != nil {
 		return fmt.Errorf("write pod record: %w", err)
@@ -125,6 +124,8 @@ func (r *records) put(rec record) error {
 	if err := os.Rename(temporary, r.path(rec.UID)); err != nil {
 		return fmt.Errorf("write pod record: %w", err)
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.byUID[rec.UID] = rec
 	return nil
 }

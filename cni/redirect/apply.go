@@ -13,41 +13,49 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
-// The functions of this file act on the network namespace of the calling thread.
+// space is the network namespace that the calling thread has entered, with one socket for all that the kernel is asked there.
+type space struct{ *netlink.Handle }
+
+// within has f act on a network namespace; nil means this process's.
+func within(ns *os.File, f func(space) error) error {
+	return netns.Do(ns, func() error {
+		handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open a netlink socket: %w", err)
+		}
+		defer handle.Close()
+		return f(space{handle})
+	})
+}
+
+// loopback is the index of lo in every network namespace (the kernel's LOOPBACK_IFINDEX).
+const loopback = 1
 
 // ensure makes the rules true.
-func ensure(rules Rules) error {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find lo: %w", err)
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
+func (s space) ensure(rules Rules) error {
+	if err := s.LinkSetUp(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: loopback}}); err != nil {
 		return fmt.Errorf("set lo up: %w", err)
 	}
-	for _, s := range rules.Sysctls {
-		if err := writeSysctl(s.Name, s.On); err != nil {
+	for _, sysctl := range rules.Sysctls {
+		if err := writeSysctl(sysctl.Name, sysctl.On); err != nil {
 			return err
 		}
 	}
 	for _, r := range rules.Routes {
-		if !hasFamily(r.Family) {
-			continue
-		}
-		if err := netlink.RouteReplace(r.netlink(lo)); err != nil {
+		if err := s.RouteReplace(r.netlink()); err != nil && has(r.Family) {
 			return fmt.Errorf("add the route of table %d for %s: %w", r.Table, familyName(r.Family), err)
 		}
 	}
-	return addRules(rules.Rules)
+	return s.addRules(rules.Rules)
 }
 
-func addRules(rules []Rule) error {
+func (s space) addRules(rules []Rule) error {
 	for _, r := range rules {
-		if !hasFamily(r.Family) {
-			continue
-		}
-		if err := netlink.RuleAdd(r.netlink()); err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := s.RuleAdd(r.netlink()); err != nil && !errors.Is(err, unix.EEXIST) && has(r.Family) {
 			return fmt.Errorf("add the rule with priority %d for %s: %w", r.Priority, familyName(r.Family), err)
 		}
 	}
@@ -55,10 +63,10 @@ func addRules(rules []Rule) error {
 }
 
 // removeRules takes rules away, the last first.
-func removeRules(rules []Rule) error {
+func (s space) removeRules(rules []Rule) error {
 	var errs []error
 	for _, r := range slices.Backward(rules) {
-		if err := netlink.RuleDel(r.netlink()); err != nil && !isAbsent(err) {
+		if err := s.RuleDel(r.netlink()); err != nil && !isAbsent(err) {
 			errs = append(errs, fmt.Errorf("remove the rule with priority %d for %s: %w", r.Priority, familyName(r.Family), err))
 		}
 	}
@@ -66,43 +74,39 @@ func removeRules(rules []Rule) error {
 }
 
 // remove takes the rules away, in the opposite order.
-func remove(rules Rules) error {
-	errs := []error{removeRules(slices.Concat(rules.Rules, rules.DNS))}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("find lo: %w", err))...)
-	}
+func (s space) remove(rules Rules) error {
+	errs := []error{s.removeRules(slices.Concat(rules.Rules, rules.DNS))}
 	for _, r := range rules.Routes {
 		r.Source = netip.Addr{} // whichever it was
-		if err := netlink.RouteDel(r.netlink(lo)); err != nil && !isAbsent(err) {
+		if err := s.RouteDel(r.netlink()); err != nil && !isAbsent(err) {
 			errs = append(errs, fmt.Errorf("remove the route of table %d for %s: %w", r.Table, familyName(r.Family), err))
 		}
 	}
-	for _, s := range rules.Sysctls {
-		errs = append(errs, writeSysctl(s.Name, s.Off))
+	for _, sysctl := range rules.Sysctls {
+		errs = append(errs, writeSysctl(sysctl.Name, sysctl.Off))
 	}
 	return errors.Join(errs...)
 }
 
 // held tells whether the kernel holds all of the rules; sysctls that do not exist are passed over.
-func held(rules Rules) (bool, error) {
-	for _, s := range rules.Sysctls {
-		value, err := os.ReadFile(sysctlPath(s.Name))
+func (s space) held(rules Rules) (bool, error) {
+	for _, sysctl := range rules.Sysctls {
+		value, err := os.ReadFile(sysctlPath(sysctl.Name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, fmt.Errorf("read sysctl: %w", err)
 		}
-		if err == nil && strings.TrimSpace(string(value)) != s.On {
+		if err == nil && strings.TrimSpace(string(value)) != sysctl.On {
 			return false, nil
 		}
 	}
-	if ok, err := heldRules(rules.Rules); !ok || err != nil {
+	if ok, err := s.heldRules(rules.Rules); !ok || err != nil {
 		return false, err
 	}
 	for _, want := range rules.Routes {
-		if !hasFamily(want.Family) {
+		if !has(want.Family) {
 			continue
 		}
-		have, err := netlink.RouteListFiltered(want.Family, &netlink.Route{Table: want.Table}, netlink.RT_FILTER_TABLE)
+		have, err := s.RouteListFiltered(want.Family, &netlink.Route{Table: want.Table}, netlink.RT_FILTER_TABLE)
 		if err != nil {
 			return false, fmt.Errorf("list routes: %w", err)
 		}
@@ -114,12 +118,12 @@ func held(rules Rules) (bool, error) {
 }
 
 // heldRules tells whether the kernel holds all of the rules.
-func heldRules(rules []Rule) (bool, error) {
+func (s space) heldRules(rules []Rule) (bool, error) {
 	for _, want := range rules {
-		if !hasFamily(want.Family) {
+		if !has(want.Family) {
 			continue
 		}
-		have, err := netlink.RuleList(want.Family)
+		have, err := s.RuleList(want.Family)
 		if err != nil {
 			return false, fmt.Errorf("list rules: %w", err)
 		}
@@ -158,14 +162,14 @@ func (r Rule) netlink() *netlink.Rule {
 	return rule
 }
 
-func (r Route) netlink(lo netlink.Link) *netlink.Route {
+func (r Route) netlink() *netlink.Route {
 	everything := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
 	if r.Family == unix.AF_INET6 {
 		everything = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 	}
 	route := &netlink.Route{
 		Family: r.Family, Table: r.Table, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
-		LinkIndex: lo.Attrs().Index, Dst: everything,
+		LinkIndex: loopback, Dst: everything,
 	}
 	if r.Source.IsValid() {
 		route.Src = r.Source.AsSlice()
@@ -191,7 +195,7 @@ func eachProbeSource(act func(netlink.Link, *netlink.Addr) error) error {
 		return fmt.Errorf("find lo: %w", err)
 	}
 	for _, ip := range []netip.Addr{ProbeSource4, ProbeSource6} {
-		if ip.Is6() && !hasFamily(unix.AF_INET6) {
+		if ip.Is6() && !has(unix.AF_INET6) {
 			continue
 		}
 		ipnet := &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(ip.BitLen(), ip.BitLen())}
@@ -202,8 +206,9 @@ func eachProbeSource(act func(netlink.Link, *netlink.Addr) error) error {
 	return nil
 }
 
-// hasFamily tells whether addresses of the family can be used on lo.
-func hasFamily(family int) bool {
+// has tells whether addresses of the family can be used on lo. It is asked late: the kernel takes longer to find the file than
+// to add a rule.
+func has(family int) bool {
 	if family != unix.AF_INET6 {
 		return true
 	}
@@ -217,17 +222,27 @@ const hostRoot = "/proc/1/root"
 // writeSysctl goes round by the host's /proc where a container's own is read-only. Which network namespace it is follows from
 // the thread either way.
 func writeSysctl(name, value string) error {
-	err := os.WriteFile(sysctlPath(name), []byte(value), 0)
+	err := writeSetting(sysctlPath(name), value)
 	if errors.Is(err, unix.EROFS) {
-		err = os.WriteFile(filepath.Join(hostRoot, sysctlPath(name)), []byte(value), 0)
+		err = writeSetting(filepath.Join(hostRoot, sysctlPath(name)), value)
 	}
 	if errors.Is(err, fs.ErrNotExist) && (strings.HasPrefix(name, "ipv6/") || name == migrateRequests) {
 		return nil // a kernel without IPv6, or one before 5.14, where a few connections may fail while a proxy is replaced
 	}
 	if err != nil {
-		return fmt.Errorf("set sysctl: %w", err)
+		return fmt.Errorf("set sysctl %s: %w", name, err)
 	}
 	return nil
+}
+
+// writeSetting does no more than it must: a file of package os would first be offered to the poller.
+func writeSetting(path, value string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = unix.Write(fd, []byte(value))
+	return errors.Join(err, unix.Close(fd))
 }
 
 func sysctlPath(name string) string { return filepath.Join("/proc/sys/net", name) }

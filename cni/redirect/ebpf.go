@@ -8,6 +8,9 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"github.com/fairlead-mesh/fairlead/bpf"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
@@ -19,6 +22,8 @@ const halfMade = time.Second
 type ebpf struct {
 	node *bpf.Node
 	host *os.File // the host's network namespace; nil means this process's
+	// ends asks that namespace, in which the pods' interfaces have their other ends.
+	ends *netlink.Handle
 }
 
 // newEBPF makes the node ready: programs in the cgroup, probe sources on the host's lo.
@@ -27,16 +32,24 @@ func newEBPF(cfg Config, host uint64) (backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := netns.Do(cfg.HostNetns, ensureHost); err != nil {
+	var ends *netlink.Handle
+	err = netns.Do(cfg.HostNetns, func() (err error) {
+		if err = ensureHost(); err == nil {
+			ends, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		}
+		return err
+	})
+	if err != nil {
 		return nil, fmt.Errorf("prepare the host for probes: %w", err)
 	}
 	node, err := bpf.Open(bpf.Config{
-		Dir: cfg.BPFFS, Mounts: cfg.HostMounts, Cgroup: cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6, Filters: filters{},
+		Dir: cfg.BPFFS, Mounts: cfg.HostMounts, Cgroup: cgroup, HostNetns: host, Probe4: ProbeSource4, Probe6: ProbeSource6, Filters: filters{ends},
 	})
 	if err != nil {
+		ends.Close()
 		return nil, fmt.Errorf("redirection by eBPF (which needs Linux 5.18 or later): %w", err)
 	}
-	return &ebpf{node, cfg.HostNetns}, nil
+	return &ebpf{node, cfg.HostNetns, ends}, nil
 }
 
 // cgroupOf is the cgroup2 directory that the node's programs are attached to.
@@ -62,16 +75,39 @@ func hostCgroup2(process string) (string, error) {
 }
 
 func (e *ebpf) prepare(pod Pod, cookie uint64) error {
-	rules := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
-	if err := netns.Do(pod.Netns, func() error { return ensure(rules) }); err != nil {
-		return fmt.Errorf("prepare the pod's network namespace: %w", err)
+	if _, err := e.settle(pod); err != nil {
+		return err
 	}
 	return e.node.Prepare(cookie)
+}
+
+// settle makes the rules true that do nothing without the pod's programs, and lists the pod's interfaces.
+func (e *ebpf) settle(pod Pod) (links []netlink.Link, err error) {
+	rules := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
+	if pod.Fresh && !pod.Exclude.DNS {
+		// Nobody asks for a name yet.
+		rules.Rules = append(rules.Rules, rules.DNS...)
+	}
+	err = within(pod.Netns, func(s space) error {
+		if err := s.ensure(rules); err != nil {
+			return err
+		}
+		links, err = s.links()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("prepare the pod's network namespace: %w", err)
+	}
+	return links, nil
 }
 
 // ensure redirects first and guards then: what the pod has connected before either goes on, and nothing that it connects
 // in between goes round the proxy.
 func (e *ebpf) ensure(pod Pod, cookie uint64) error {
+	links, err := e.settle(pod)
+	if err != nil {
+		return err
+	}
 	target, err := describe(pod, cookie)
 	if err != nil {
 		return err
@@ -82,19 +118,22 @@ func (e *ebpf) ensure(pod Pod, cookie uint64) error {
 	if err := e.exemptElders(pod, cookie); err != nil {
 		return err
 	}
-	wires, _, err := wiresOf(e.host, pod)
-	if err != nil {
+	err = netns.Do(e.host, func() error {
+		wires, _, err := wiresOf(e.ends, pod, links)
+		if err != nil {
+			return err
+		}
+		return e.node.EnsureGuard(target, wires, pod.Fresh)
+	})
+	if err != nil || pod.Fresh {
 		return err
 	}
-	if err := netns.Do(e.host, func() error { return e.node.EnsureGuard(target, wires, pod.Fresh) }); err != nil {
-		return err
-	}
-	return netns.Do(pod.Netns, func() error {
+	return within(pod.Netns, func(s space) error {
 		rules := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs}).DNS
 		if pod.Exclude.DNS {
-			return removeRules(rules)
+			return s.removeRules(rules)
 		}
-		return addRules(rules)
+		return s.addRules(rules)
 	})
 }
 
@@ -114,10 +153,14 @@ func describe(pod Pod, cookie uint64) (bpf.Pod, error) {
 // exemptElders lets the connections that a running pod has open go on. Those that are half made become known by their
 // last packet, for which it waits a while.
 func (e *ebpf) exemptElders(pod Pod, cookie uint64) error {
+	if pod.Fresh {
+		_, err := e.node.EnsureElders(cookie, true, true)
+		return err
+	}
 	for deadline := time.Now().Add(halfMade); ; time.Sleep(halfMade / 20) {
 		var pending int
 		err := netns.Do(pod.Netns, func() (err error) {
-			pending, err = e.node.EnsureElders(cookie, pod.Fresh, time.Now().After(deadline))
+			pending, err = e.node.EnsureElders(cookie, false, time.Now().After(deadline))
 			return err
 		})
 		if err != nil || pending == 0 {
@@ -134,27 +177,31 @@ func (e *ebpf) holds(pod Pod, cookie uint64) (bool, error) {
 	if ok, err := e.node.Holds(target); !ok || err != nil {
 		return false, err
 	}
-	wires, _, err := wiresOf(e.host, pod)
-	if err != nil {
+	plan := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
+	if !pod.Exclude.DNS {
+		plan.Rules = append(plan.Rules, plan.DNS...)
+	}
+	var links []netlink.Link
+	var rules, guarded bool
+	err = within(pod.Netns, func(s space) error {
+		if rules, err = s.held(plan); !rules || err != nil {
+			return err
+		}
+		links, err = s.links()
+		return err
+	})
+	if !rules || err != nil {
 		return false, err
 	}
-	var guarded, rules bool
 	err = netns.Do(e.host, func() error {
+		wires, _, err := wiresOf(e.ends, pod, links)
+		if err != nil {
+			return err
+		}
 		guarded, err = e.node.Guarded(target, wires)
 		return err
 	})
-	if !guarded || err != nil {
-		return false, err
-	}
-	err = netns.Do(pod.Netns, func() error {
-		plan := Plan(PodConfig{Mode: EBPF, IPs: pod.IPs})
-		if !pod.Exclude.DNS {
-			plan.Rules = append(plan.Rules, plan.DNS...)
-		}
-		rules, err = held(plan)
-		return err
-	})
-	return rules, err
+	return guarded, err
 }
 
 func (e *ebpf) refuse(uid string) error { return e.node.Refuse(uid) }
@@ -169,7 +216,15 @@ func (e *ebpf) unguarded(pod Pod) (interfaces []string, err error) {
 	if e.node.Unguarded() != nil {
 		return nil, nil
 	}
-	_, interfaces, err = wiresOf(e.host, pod)
+	var links []netlink.Link
+	err = within(pod.Netns, func(s space) error {
+		links, err = s.links()
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	_, interfaces, err = wiresOf(e.ends, pod, links)
 	return interfaces, err
 }
 
@@ -181,13 +236,13 @@ func (e *ebpf) attempts() (func() (bpf.Attempt, error), func() error, error) {
 func (e *ebpf) release(cookie uint64, ns *os.File) error {
 	var err error
 	if ns != nil {
-		err = netns.Do(ns, func() error { return removeRules(Plan(PodConfig{Mode: EBPF}).DNS) })
+		err = within(ns, func(s space) error { return s.removeRules(Plan(PodConfig{Mode: EBPF}).DNS) })
 	}
 	return errors.Join(err, netns.Do(e.host, func() error { return e.node.RemovePod(cookie) }))
 }
 
 func (e *ebpf) remove(ns *os.File) error {
-	return netns.Do(ns, func() error { return remove(Plan(PodConfig{Mode: EBPF})) })
+	return within(ns, func(s space) error { return s.remove(Plan(PodConfig{Mode: EBPF})) })
 }
 
 func (e *ebpf) prune(keep func(cookie uint64) bool) error {
@@ -202,4 +257,7 @@ func (e *ebpf) counters() (map[string]uint64, error) { return e.node.Counters() 
 
 func (e *ebpf) stock(ctx context.Context) error { return e.node.Stock(ctx) }
 
-func (e *ebpf) close() error { return e.node.Close() }
+func (e *ebpf) close() error {
+	e.ends.Close()
+	return e.node.Close()
+}

@@ -10,49 +10,49 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// filters is bpf.Filters. Its methods act on the network namespace of the calling thread.
-type filters struct{}
+// filters is bpf.Filters. Its methods act on the network namespace of the handle, the host's.
+type filters struct{ host *netlink.Handle }
 
 // guardName is how the guard's filter is found again.
 const guardName = "fairlead-guard"
 
 // Ensure makes the interface's queueing discipline where there is none. The kernel exchanges the programs of one filter at
 // once.
-func (filters) Ensure(ifindex int, program *cilium.Program) (taken bool, err error) {
-	err = netlink.QdiscAdd(clsact(ifindex))
+func (f filters) Ensure(ifindex int, program *cilium.Program) (taken bool, err error) {
+	err = f.host.QdiscAdd(clsact(ifindex))
 	if errors.Is(err, unix.EEXIST) {
 		var ours, others []netlink.Filter
-		ours, others, err = guardFilters(ifindex)
+		ours, others, err = f.guardFilters(ifindex)
 		taken = len(ours) == 0 && len(others) > 0
 	}
 	if err != nil || taken {
 		return taken, err
 	}
-	if err := netlink.FilterReplace(guardFilter(ifindex, program)); err != nil {
+	if err := f.host.FilterReplace(guardFilter(ifindex, program)); err != nil {
 		return false, fmt.Errorf("add the filter: %w", err)
 	}
 	return false, nil
 }
 
-func (filters) Has(ifindex int, program *cilium.Program) (bool, error) {
+func (f filters) Has(ifindex int, program *cilium.Program) (bool, error) {
 	info, err := program.Info()
 	if err != nil {
 		return false, fmt.Errorf("identify the guard: %w", err)
 	}
 	id, _ := info.ID()
-	ours, _, err := guardFilters(ifindex)
-	return err == nil && slices.ContainsFunc(ours, func(f netlink.Filter) bool { return f.(*netlink.BpfFilter).Id == int(id) }), err
+	ours, _, err := f.guardFilters(ifindex)
+	return err == nil && slices.ContainsFunc(ours, func(have netlink.Filter) bool { return have.(*netlink.BpfFilter).Id == int(id) }), err
 }
 
 // Remove leaves the queueing discipline when others have filters there.
-func (filters) Remove(ifindex int) error {
-	ours, others, err := guardFilters(ifindex)
+func (f filters) Remove(ifindex int) error {
+	ours, others, err := f.guardFilters(ifindex)
 	switch {
 	case err != nil:
 	case len(others) == 0 && len(ours) > 0:
-		err = netlink.QdiscDel(clsact(ifindex))
+		err = f.host.QdiscDel(clsact(ifindex))
 	case len(ours) > 0:
-		err = netlink.FilterDel(ours[0])
+		err = f.host.FilterDel(ours[0])
 	}
 	if errors.Is(err, unix.ENODEV) || isAbsent(err) {
 		return nil
@@ -64,18 +64,18 @@ func (filters) Remove(ifindex int) error {
 }
 
 // guardFilters lists the filters of what arrives over an interface, and others' of what leaves.
-func guardFilters(ifindex int) (ours, others []netlink.Filter, err error) {
+func (f filters) guardFilters(ifindex int) (ours, others []netlink.Filter, err error) {
 	link := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		filters, err := netlink.FilterList(link, parent)
+		listed, err := f.host.FilterList(link, parent)
 		if err != nil {
 			return nil, nil, fmt.Errorf("list filters of interface %d: %w", ifindex, err)
 		}
-		for _, f := range filters {
-			if program, ok := f.(*netlink.BpfFilter); ok && program.Name == guardName {
-				ours = append(ours, f)
+		for _, one := range listed {
+			if program, ok := one.(*netlink.BpfFilter); ok && program.Name == guardName {
+				ours = append(ours, one)
 			} else {
-				others = append(others, f)
+				others = append(others, one)
 			}
 		}
 	}

@@ -72,7 +72,7 @@ func nftPresent(cfg Config) (present bool, err error) {
 // prepare also keeps the application's answers to the proxy in the pod, which may call it as soon as it has listeners.
 func (n *nft) prepare(pod Pod, _ uint64) error {
 	rules := n.plan(pod)
-	if err := netns.Do(pod.Netns, func() error { return errors.Join(ensure(rules), beginTable(releasedChains())) }); err != nil {
+	if err := within(pod.Netns, func(s space) error { return errors.Join(s.ensure(rules), beginTable(releasedChains())) }); err != nil {
 		return fmt.Errorf("prepare the pod's network namespace: %w", err)
 	}
 	return nil
@@ -86,8 +86,14 @@ func (n *nft) plan(pod Pod) Rules {
 }
 
 func (n *nft) ensure(pod Pod, cookie uint64) error {
-	chains := n.plan(pod).Chains
-	if err := netns.Do(pod.Netns, func() error { return ensureChains(chains) }); err != nil {
+	rules := n.plan(pod)
+	err := within(pod.Netns, func(s space) error {
+		if err := s.ensure(rules); err != nil {
+			return err
+		}
+		return ensureChains(rules.Chains)
+	})
+	if err != nil {
 		return err
 	}
 	return n.record(bpf.Pod{Cookie: cookie, UID: pod.UID, IPs: pod.IPs})
@@ -120,8 +126,8 @@ func (n *nft) holds(pod Pod, cookie uint64) (all bool, err error) {
 		return false, err
 	}
 	rules := n.plan(pod)
-	err = netns.Do(pod.Netns, func() error {
-		if all, err = held(rules); err != nil || !all {
+	err = within(pod.Netns, func(s space) error {
+		if all, err = s.held(rules); err != nil || !all {
 			return err
 		}
 		all, err = heldChains(rules.Chains)
@@ -139,7 +145,7 @@ func (n *nft) release(cookie uint64, ns *os.File) error {
 }
 
 func (n *nft) remove(ns *os.File) error {
-	return netns.Do(ns, func() error { return errors.Join(removeTable(), remove(n.plan(Pod{}))) })
+	return within(ns, func(s space) error { return errors.Join(removeTable(), s.remove(n.plan(Pod{}))) })
 }
 
 // prune leaves the tables of the pods alone: they are gone with them.

@@ -57,7 +57,7 @@ type Pod struct {
 }
 
 // backend is one way to redirect. Its methods are those of Redirector, which has looked up the cookie of the pod's network
-// namespace and refused the host's.
+// namespace and refused the host's. ensure does what prepare does too.
 type backend interface {
 	prepare(pod Pod, cookie uint64) error
 	ensure(pod Pod, cookie uint64) error
@@ -127,23 +127,29 @@ func (r *Redirector) Mode() (mode Mode, why error) { return r.mode, r.why }
 // Prepare does what can be done for a pod without touching its traffic, so that the proxy can put its listeners in
 // place before Ensure. It returns the pod's cookie.
 func (r *Redirector) Prepare(ctx context.Context, pod Pod) (uint64, error) {
+	cookie, err := r.identify(ctx, pod)
+	if err != nil {
+		return 0, err
+	}
+	return cookie, r.backend.prepare(pod, cookie)
+}
+
+// identify returns the cookie of the pod's network namespace, which must not be the host's.
+func (r *Redirector) identify(ctx context.Context, pod Pod) (uint64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
 	cookie, err := netns.Cookie(pod.Netns)
-	if err != nil {
-		return 0, err
+	if err == nil && cookie == r.host {
+		err = errors.New("redirect a pod: it runs in the host's network namespace")
 	}
-	if cookie == r.host {
-		return 0, errors.New("redirect a pod: it runs in the host's network namespace")
-	}
-	return cookie, r.backend.prepare(pod, cookie)
+	return cookie, err
 }
 
 // Ensure redirects a pod. From its return on, no new TCP connection of the pod, in or out, avoids the proxy; while the
 // proxy does not listen they are refused. Connections that exist go on as they are.
 func (r *Redirector) Ensure(ctx context.Context, pod Pod) (uint64, error) {
-	cookie, err := r.Prepare(ctx, pod)
+	cookie, err := r.identify(ctx, pod)
 	if err != nil {
 		return 0, err
 	}
@@ -288,7 +294,7 @@ func (r *Redirector) backends() iter.Seq[backend] {
 
 // Uninstall removes the node's part: programs, pins, probe sources and tables. Pods are to be removed before.
 func Uninstall(cfg Config) error {
-	return netns.Do(cfg.HostNetns, func() error {
-		return errors.Join(bpf.Remove(cfg.BPFFS, cfg.HostMounts, filters{}), removeHost(), removeTable())
+	return within(cfg.HostNetns, func(s space) error {
+		return errors.Join(bpf.Remove(cfg.BPFFS, cfg.HostMounts, filters{s.Handle}), removeHost(), removeTable())
 	})
 }

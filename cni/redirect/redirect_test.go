@@ -359,6 +359,39 @@ func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
 	}
 }
 
+// In a pod without IPv6 the rules for IPv4 are all that is asked for.
+func TestPodWithoutIPv6(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		pod := l.podOf(pod4)
+		err := netns.Do(l.pod, func() error {
+			return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, pod.Fresh = range []bool{true, false} {
+			if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+				t.Fatal(err)
+			}
+			if held, err := l.redirector.Holds(pod); !held || err != nil {
+				t.Errorf("fresh: %v: held: %v, %v", pod.Fresh, held, err)
+			}
+		}
+		taken := make(chan accepted, 16)
+		listen(t, "server", l.host, netip.AddrPortFrom(remote4, 80), taken)
+		l.proxy(t, taken)
+		if o := l.app(t, attempt{Dst: netip.AddrPortFrom(remote4, 80)}); o.Error != "" {
+			t.Error(o.Error)
+		} else if a := next(t, taken); a.by != "outbound" {
+			t.Errorf("taken by %s", a.by)
+		}
+		if err := l.redirector.Remove(l.pod); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestRefusedWhileTheProxyIsAway(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
