@@ -73,8 +73,15 @@ func (n *Node) openGuard() error {
 	return nil
 }
 
-// Unguarded tells why packets that leave pods cannot be checked on this machine, or nil.
-func (n *Node) Unguarded() error { return n.unguarded }
+// Unguarded tells why packets that leave pods, or some of them, cannot be checked on this machine, or nil.
+func (n *Node) Unguarded() error {
+	why := n.unguarded
+	n.bare.Range(func(_, reason any) bool {
+		why = reason.(error)
+		return false
+	})
+	return why
+}
 
 // EnsureElders lets the connections that exist in the pod's network namespace, which must be the calling thread's, go on
 // past the guard. It is done once for a pod, and once more when its exclusions have changed; with none set, there is
@@ -155,8 +162,7 @@ func (n *Node) EnsureGuard(pod Pod, wires []Wire, fresh bool) error {
 	return n.removeGuard(pod.Cookie, wires)
 }
 
-// ensureWire uses a filter for a pod that starts. To make the first filter, the kernel takes the interface out of service for
-// a moment and loses what is sent to it; so a pod that runs gets a link, which takes the longer way.
+// ensureWire leaves one guard on a wire. A process that was killed while it exchanged a filter for a link has left both.
 func (n *Node) ensureWire(pod Pod, w Wire, fresh bool) error {
 	if !n.knows(pod, w) {
 		wire := guardWire{Netns: pod.Cookie, Nsid: int32(w.Nsid), Flags: uint32(pod.flags())}
@@ -164,27 +170,51 @@ func (n *Node) ensureWire(pod Pod, w Wire, fresh bool) error {
 			return err
 		}
 	}
-	if linked, err := n.updateGuard(pod.Cookie, w); linked || err != nil {
-		return err
-	}
+	n.bare.Delete(w.Ifindex)
 	mark := n.wirePath(pod.Cookie, filterPin, w)
-	_, err := os.Lstat(mark)
-	filtered := err == nil
-	if (fresh || filtered) && !n.shared(w) {
-		if err := makeNote(mark); err != nil {
-			return fmt.Errorf("note that the interface has a filter: %w", err)
-		}
-		if taken, err := n.cfg.Filters.Ensure(w.Ifindex, n.guard.Guard); !taken || err != nil {
-			return err
-		}
+	linked, err := n.updateGuard(pod.Cookie, w)
+	if err == nil && !linked {
+		linked, err = n.attachGuard(pod.Cookie, w, mark, fresh)
 	}
-	if err := n.linkGuard(pod.Cookie, w); err != nil {
+	if !linked || err != nil {
 		return err
 	}
-	if _, err := os.Lstat(mark); err == nil { // or made just now, for nothing
+	if _, err := os.Lstat(mark); err == nil {
 		return unguard(mark, w.Ifindex, n.cfg.Filters)
 	}
 	return nil
+}
+
+// attachGuard uses a filter for a pod that starts. To make the first filter, the kernel takes the interface out of service for
+// a moment and loses what is sent to it; so a pod that runs gets a link, which takes the longer way, where the kernel has links.
+func (n *Node) attachGuard(cookie uint64, w Wire, mark string, fresh bool) (linked bool, err error) {
+	_, err = os.Lstat(mark)
+	filtered, taken := err == nil, false
+	if (fresh || filtered) && !n.shared(w) {
+		if taken, err = n.filter(mark, w); !taken || err != nil {
+			return false, err
+		}
+	}
+	err = n.linkGuard(cookie, w)
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return err == nil, err
+	}
+	if !taken {
+		taken, err = n.filter(mark, w)
+	}
+	if !taken {
+		return false, err
+	}
+	n.bare.Store(w.Ifindex, fmt.Errorf("interface %d has filters of somebody else, beside which the guard needs Linux 6.6", w.Ifindex))
+	return false, nil
+}
+
+// filter guards a wire by a filter, which its mark tells of from before. taken is that of Filters.Ensure.
+func (n *Node) filter(mark string, w Wire) (taken bool, err error) {
+	if err := makeNote(mark); err != nil {
+		return false, fmt.Errorf("note that the interface has a filter: %w", err)
+	}
+	return n.cfg.Filters.Ensure(w.Ifindex, n.guard.Guard)
 }
 
 // updateGuard replaces the program of the link on a wire, if there is one.
@@ -213,8 +243,9 @@ func (n *Node) shared(w Wire) bool {
 	return err == nil && len(programs.Programs) > 0 // there is no tcx, or none here
 }
 
+// linkGuard gives ebpf.ErrNotSupported before Linux 6.6.
 func (n *Node) linkGuard(cookie uint64, w Wire) error {
-	made, err := link.AttachTCX(link.TCXOptions{
+	made, err := n.attachTCX(link.TCXOptions{
 		Interface: w.Ifindex, Program: n.guard.Guard, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
 	})
 	if err != nil {
@@ -283,6 +314,9 @@ func (n *Node) isGuarded(cookie uint64, w Wire) (bool, error) {
 	if n.shared(w) {
 		return false, nil
 	}
+	if _, ok := n.bare.Load(w.Ifindex); ok {
+		return true, nil // as far as it can be
+	}
 	return n.cfg.Filters.Has(w.Ifindex, n.guard.Guard)
 }
 
@@ -322,6 +356,7 @@ func (n *Node) removeGuard(cookie uint64, but []Wire) error {
 		if err := unguard(pin, index, n.cfg.Filters); err != nil {
 			errs = append(errs, fmt.Errorf("detach the pod's guard: %w", err))
 		}
+		n.bare.Delete(index)
 		var have guardWire
 		if n.guard.Wires != nil && n.guard.Wires.Lookup(uint32(index), &have) == nil && have.Netns == cookie {
 			errs = append(errs, n.guard.Wires.Delete(uint32(index)))

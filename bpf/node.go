@@ -42,6 +42,10 @@ type Node struct {
 	guard   guardObjects
 	// unguarded is why there is no guard, or nil.
 	unguarded error
+	// attachTCX is link.AttachTCX, but in tests.
+	attachTCX func(link.TCXOptions) (link.Link, error)
+	// bare has, by the index of its interface, each wire that this kernel cannot guard, and the error that says why.
+	bare sync.Map
 
 	mu   sync.Mutex
 	maps connectMaps
@@ -53,7 +57,7 @@ func Open(cfg Config) (*Node, error) {
 	if err := ensureMount(cfg.Dir, cfg.Mounts); err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg}
+	n := &Node{cfg: cfg, attachTCX: link.AttachTCX}
 	for _, dir := range []string{n.path("maps"), n.path("links"), n.path("pods"), n.path("refused")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)

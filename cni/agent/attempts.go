@@ -28,8 +28,7 @@ const attemptQuiet = 5 * time.Minute
 func (a *agent) followAttempts(ctx context.Context) error {
 	next, stop, err := a.enrol.redirector.Attempts()
 	if err != nil {
-		a.log.Warn("pods with CAP_NET_RAW or CAP_NET_ADMIN could avoid the node proxy: what leaves pods is not checked on this node",
-			zap.Error(err))
+		a.enrol.tellUnguarded(err)
 		return nil
 	}
 	context.AfterFunc(ctx, func() { stop() })
@@ -53,6 +52,14 @@ func (a *agent) followAttempts(ctx context.Context) error {
 			a.watch.tellAttempt(ctx, rec, attempt)
 		}
 	}
+}
+
+// tellUnguarded says, once, that this node cannot check what leaves pods.
+func (e *enroller) tellUnguarded(reason error) {
+	e.unguarded.Do(func() {
+		e.log.Warn("pods with CAP_NET_RAW or CAP_NET_ADMIN could avoid the node proxy: not all that leaves pods is checked on this node",
+			zap.Error(reason))
+	})
 }
 
 // tellAttempt attaches an event to the pod.

@@ -34,6 +34,8 @@ type enroller struct {
 	starting chan struct{}
 	// used wakes trim.
 	used chan struct{}
+	// unguarded is done once it is told that there is no guard.
+	unguarded sync.Once
 
 	mu    sync.Mutex
 	turns map[string]*turn
@@ -195,8 +197,13 @@ func (e *enroller) redirect(ctx context.Context, rec *record, ns *os.File, fresh
 	}
 	target := rec.target(ns)
 	target.Fresh = fresh
-	_, err := e.redirector.Ensure(ctx, target)
-	return err
+	if _, err := e.redirector.Ensure(ctx, target); err != nil {
+		return err
+	}
+	if err := e.redirector.Guard(); err != nil {
+		e.tellUnguarded(err)
+	}
+	return nil
 }
 
 // unredirect ends the redirection of a pod, whose network namespace may be gone.

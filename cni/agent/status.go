@@ -53,7 +53,7 @@ func (m *metrics) watch(e *enroller, w *watcher) {
 			ConstLabels: prometheus.Labels{"mode": string(mode)},
 		}, func() float64 { return 1 }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "fairlead_cni_guard", Help: "1 where TCP that goes round the node proxy is dropped as it leaves a pod, 0 where this node cannot.",
+			Name: "fairlead_cni_guard", Help: "1 where TCP that goes round the node proxy is dropped as it leaves a pod, 0 where this node cannot, or not for all pods.",
 		}, func() float64 {
 			if e.redirector.Guard() != nil {
 				return 0
