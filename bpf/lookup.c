@@ -56,8 +56,8 @@ static __always_inline int is_probe(const struct addr *remote)
 	return host && (same(remote, &host->probe4) || same(remote, &host->probe6));
 }
 
-// Every pod's start pays for the verification of an instance: what is done once, after the branches, is cheaper than what
-// is done in each.
+// Each pod has an instance, which is verified for itself, and while others start if none is ready (lookup.go): what is done
+// once, after the branches, is cheaper than what is done in each.
 SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -38,8 +39,10 @@ type lookups struct {
 
 	mu    sync.Mutex
 	spare []instance
-	// taken are the instances in use, by number; next is where to look for a free number.
+	// taken are the instances in use or spare, by number, and those in use of each network namespace; next is where to look
+	// for a free number.
 	taken map[uint32]connectInstance
+	of    map[uint64][]uint32
 	next  uint32
 }
 
@@ -56,7 +59,8 @@ func newLookups(maps connectMaps) (*lookups, error) {
 		return nil, err
 	}
 	l := &lookups{
-		spec: collection.Programs[lookupProgLookup], instances: maps.Instances, used: make(chan struct{}, 1), taken: map[uint32]connectInstance{},
+		spec: collection.Programs[lookupProgLookup], instances: maps.Instances, used: make(chan struct{}, 1),
+		taken: map[uint32]connectInstance{}, of: map[uint64][]uint32{},
 	}
 	tag, err := l.spec.Tag()
 	if err == nil {
@@ -77,6 +81,7 @@ func newLookups(maps connectMaps) (*lookups, error) {
 	for entries.Next(&number, &value) {
 		if value.Netns != 0 {
 			l.taken[number] = value
+			l.of[value.Netns] = append(l.of[value.Netns], number)
 		}
 	}
 	if err := entries.Err(); err != nil {
@@ -124,11 +129,13 @@ func (l *lookups) take(cookie uint64) (instance, error) {
 	}
 	value := connectInstance{Netns: cookie, Version: l.version}
 	l.mu.Lock()
-	l.taken[i.number] = value
-	l.mu.Unlock()
+	defer l.mu.Unlock()
 	if err := l.instances.Put(i.number, value); err != nil {
+		delete(l.taken, i.number)
 		return i, errors.Join(fmt.Errorf("give an instance of the lookup program its namespace: %w", err), i.program.Close())
 	}
+	l.taken[i.number] = value
+	l.of[cookie] = append(l.of[cookie], i.number)
 	return i, nil
 }
 
@@ -182,30 +189,34 @@ func (l *lookups) release(number uint32) {
 	delete(l.taken, number)
 }
 
-// free makes the numbers free that a network namespace has, but for one that it keeps. Their instances must not be attached.
-func (l *lookups) free(cookie uint64, kept *instance) error {
+// free makes those numbers free that a network namespace has and drop says yes to. Their instances must not be attached.
+func (l *lookups) free(cookie uint64, drop func(number uint32) bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for number, i := range l.taken {
-		if i.Netns != cookie || kept != nil && kept.number == number {
-			continue
+	var kept []uint32
+	var errs []error
+	for _, number := range l.of[cookie] {
+		if !drop(number) {
+			kept = append(kept, number)
+		} else if err := l.instances.Put(number, connectInstance{}); err != nil {
+			kept = append(kept, number)
+			errs = append(errs, fmt.Errorf("free an instance of the lookup program: %w", err))
+		} else {
+			delete(l.taken, number)
 		}
-		if err := l.instances.Put(number, connectInstance{}); err != nil {
-			return fmt.Errorf("free an instance of the lookup program: %w", err)
-		}
-		delete(l.taken, number)
 	}
-	return nil
+	if l.of[cookie] = kept; len(kept) == 0 {
+		delete(l.of, cookie)
+	}
+	return errors.Join(errs...)
 }
 
 // cookies are the network namespaces that have instances.
 func (l *lookups) cookies() (all []uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, i := range l.taken {
-		if i.Netns != 0 {
-			all = append(all, i.Netns)
-		}
+	for cookie := range l.of {
+		all = append(all, cookie)
 	}
 	return all
 }
@@ -214,14 +225,8 @@ func (l *lookups) cookies() (all []uint64) {
 func (l *lookups) current(cookie uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	found := false
-	for _, i := range l.taken {
-		if i.Netns == cookie && i.Version != l.version {
-			return false
-		}
-		found = found || i.Netns == cookie
-	}
-	return found
+	own := l.of[cookie]
+	return len(own) > 0 && !slices.ContainsFunc(own, func(number uint32) bool { return l.taken[number].Version != l.version })
 }
 
 // stock keeps spare instances until ctx ends. It makes new ones while no pods start, with a fifth of a processor at most.
@@ -285,9 +290,9 @@ func (n *Node) ensureLookup(ns *os.File, cookie uint64) error {
 	}
 	defer i.program.Close()
 	if err := n.attachLookup(ns, cookie, i.program); err != nil {
-		return err // what the instance is for is cleared with the pod's other traces
+		return errors.Join(err, n.lookups.free(cookie, func(number uint32) bool { return number == i.number }))
 	}
-	return n.lookups.free(cookie, &i)
+	return n.lookups.free(cookie, func(number uint32) bool { return number != i.number })
 }
 
 // attachLookup attaches the program to the pod's network namespace, in place of an older one if there is one.

@@ -132,7 +132,7 @@ func (n *Node) RemovePod(cookie uint64) error {
 	if err := detach(n.podPath(cookie, lookupPin)); err != nil {
 		errs = append(errs, fmt.Errorf("detach the pod's program: %w", err))
 	} else {
-		errs = append(errs, n.lookups.free(cookie, nil))
+		errs = append(errs, n.lookups.free(cookie, func(uint32) bool { return true }))
 	}
 	for slot := range slots {
 		if err := n.maps.Listeners.Delete(slot.key(cookie)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
