@@ -137,9 +137,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	group.Go(func() error { return a.followAttempts(ctx) })
 	group.Go(func() error { return a.keepMembership(ctx) })
 	group.Go(func() error {
-		if err := redirector.Stock(ctx); err != nil {
-			log.Warn("pods start slower than they could", zap.Error(err))
-		}
+		keepStock(ctx, log, redirector.Stock)
 		return nil
 	})
 	group.Go(func() error { return a.trim(ctx) })
