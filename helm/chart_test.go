@@ -155,3 +155,54 @@ func TestMisspeltValueIsRefused(t *testing.T) {
 		}
 	}
 }
+
+// The CNI plugin's token lies on every node: its account may look at pods and namespaces, one at a time, and nothing else; and
+// the agent may make tokens of no other.
+func TestAccountOfThePlugin(t *testing.T) {
+	out, err := helm(t, "template", "fairlead", "fairlead", "--namespace", "mesh")
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	type rule struct{ APIGroups, Resources, ResourceNames, Verbs []string }
+	var roles, bound []string
+	rules := map[string][]rule{}
+	for document := range strings.SplitSeq(out, "\n---\n") {
+		var object struct {
+			Kind     string
+			Metadata struct{ Name string }
+			RoleRef  struct{ Name string }
+			Subjects []struct{ Name, Namespace string }
+			Rules    []rule
+		}
+		if err := yaml.Unmarshal([]byte(document), &object); err != nil {
+			t.Fatal(err)
+		}
+		rules[object.Kind+" "+object.Metadata.Name] = object.Rules
+		for _, subject := range object.Subjects {
+			if subject.Name == "istio-cni-plugin" {
+				roles, bound = append(roles, object.Kind+" "+object.RoleRef.Name), append(bound, subject.Namespace)
+			}
+		}
+	}
+	if diff := cmp.Diff([]string{"ClusterRoleBinding istio-cni-plugin-mesh"}, roles); diff != "" || !slices.Equal(bound, []string{"mesh"}) {
+		t.Errorf("bound in %v (-want +got):\n%s", bound, diff)
+	}
+	want := []rule{{APIGroups: []string{""}, Resources: []string{"pods", "namespaces"}, Verbs: []string{"get"}}}
+	if diff := cmp.Diff(want, rules["ClusterRole istio-cni-plugin-mesh"]); diff != "" {
+		t.Errorf("the plugin may (-want +got):\n%s", diff)
+	}
+	token := rule{APIGroups: []string{""}, Resources: []string{"serviceaccounts/token"}, ResourceNames: []string{"istio-cni-plugin"}, Verbs: []string{"create"}}
+	for name, all := range rules {
+		for _, r := range all {
+			if slices.Contains(r.Resources, "serviceaccounts/token") && (name != "Role istio-cni" || !cmp.Equal(r, token)) {
+				t.Errorf("%s has %+v", name, r)
+			}
+		}
+	}
+	if !slices.ContainsFunc(rules["Role istio-cni"], func(r rule) bool { return cmp.Equal(r, token) }) {
+		t.Errorf("the agent may make no token of the plugin's account: %+v", rules["Role istio-cni"])
+	}
+	if !strings.Contains(out, "--plugin-account=mesh/istio-cni-plugin") {
+		t.Error("the agent is not told of the plugin's account")
+	}
+}

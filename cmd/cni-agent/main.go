@@ -67,6 +67,8 @@ func parse(arguments []string) (o options, err error) {
 	flags.StringVar(&cfg.RunDir, "run-dir", "/var/run/istio-cni", "where the agent keeps what it must know after a restart")
 	mode := flags.String("redirection", string(redirect.Auto), "how pods' connections are redirected: ebpf, nftables, or auto, which is ebpf where the kernel can do it")
 	flags.StringVar(&cfg.Record, "record", "/var/lib/fairlead-cni/mesh.json", "file on the node's disk that tells the plugin, when no agent answers, which pods need not wait")
+	flags.StringVar(&cfg.PluginAccount, "plugin-account", "", "NAMESPACE/NAME of the service account as which the plugin asks the API server when no agent answers; empty: it does not ask")
+	flags.StringVar(&cfg.PluginAccess, "plugin-access", "/var/lib/fairlead-cni/plugin/access.json", "file on the node's disk, in a directory of its own, with the plugin's access to the API server")
 	flags.StringVar(&cfg.BPFFS, "bpffs", bpf.DefaultDir, "directory to pin redirection in; a BPF file system is mounted if it is on none")
 	flags.StringVar(&cfg.HostMounts, "host-mounts", "", "mount namespace in which that is done, as /proc/1/ns/mnt; empty: the agent's own")
 	flags.StringVar(&cfg.Cgroup, "cgroup", "", "cgroup2 directory that all pods and the node proxy run below; empty: the root of the hierarchy")
@@ -95,6 +97,9 @@ func parse(arguments []string) (o options, err error) {
 	}
 	cfg.ExcludeNamespaces = strings.FieldsFunc(*exclude, func(r rune) bool { return r == ',' })
 	o.install.EventSocket, o.install.ExcludeNamespaces, o.install.Record = cfg.EventSocket, cfg.ExcludeNamespaces, cfg.Record
+	if cfg.PluginAccount != "" {
+		o.install.Access = cfg.PluginAccess
+	}
 	return o, nil
 }
 

@@ -53,6 +53,9 @@ type Config struct {
 	Redirection redirect.Mode
 	// Record is the file on the node's disk that tells the plugin, when it cannot ask, who is in the mesh; empty: none.
 	Record string
+	// PluginAccount is NAMESPACE/NAME of the service account as which the plugin asks the API server when it cannot ask the agent;
+	// empty: it does not. PluginAccess is the file on the node's disk with what it needs for that.
+	PluginAccount, PluginAccess string
 	// Steps is called at each step of taking a pod in or out; nil but in tests, which end the agent there.
 	Steps func(step string) `json:"-"`
 	// BPFFS is the directory that redirection is pinned in.
@@ -136,6 +139,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	group.Go(func() error { return a.start(ctx) })
 	group.Go(func() error { return a.followAttempts(ctx) })
 	group.Go(func() error { return a.keepMembership(ctx) })
+	group.Go(func() error { return a.keepAccess(ctx, c) })
 	group.Go(func() error {
 		keepStock(ctx, log, redirector.Stock)
 		return nil
@@ -330,7 +334,10 @@ func (a *agent) clean(host *os.File) error {
 	}
 	errs = append(errs,
 		a.enrol.removeAll(), redirect.Uninstall(redirectConfig(a.cfg, host)), os.RemoveAll(filepath.Join(a.cfg.RunDir, "pods")))
-	for _, path := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket, a.cfg.Record} {
+	if a.cfg.PluginAccess != "" {
+		errs = append(errs, plugin.ForgetHeld(a.cfg.PluginAccess))
+	}
+	for _, path := range []string{a.cfg.EventSocket, a.cfg.ZDSSocket, a.cfg.Record, a.cfg.PluginAccess} {
 		if path == "" {
 			continue
 		}

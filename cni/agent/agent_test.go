@@ -90,7 +90,9 @@ func TestStartFailsWithoutTheProxysWord(t *testing.T) {
 	n := newNode(t)
 	p := n.pod("in", 1, ambient)
 	n.object(p, ambient, false)
-	if _, err := n.call(http.MethodPost, plugin.AddPath, p.event()); err == nil || !strings.Contains(err.Error(), "no node proxy is connected") {
+	// Not 503: the plugin would ask others whether the pod is of the mesh.
+	_, err := n.call(http.MethodPost, plugin.AddPath, p.event())
+	if err == nil || !strings.HasPrefix(err.Error(), "500 ") || !strings.Contains(err.Error(), "no node proxy is connected") {
 		t.Errorf("without a proxy: %v", err)
 	}
 	proxy, _ := n.proxy()
@@ -227,6 +229,12 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	p := n.pod("web", 1, ambient)
 	n.add(p)
 	n.stop()
+	n.cfg.Record, n.cfg.PluginAccess = filepath.Join(n.cfg.RunDir, "mesh.json"), filepath.Join(n.cfg.RunDir, "access.json")
+	for _, path := range []string{n.cfg.Record, n.cfg.PluginAccess, filepath.Join(n.cfg.RunDir, "held", "u-1")} {
+		if err := writeDurably(path, []byte("{}")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := Uninstall(n.cfg, zap.NewNop()); err != nil {
 		t.Fatal(err)
 	}

@@ -98,12 +98,12 @@ func (e *events) add(ctx context.Context, event plugin.Event) (plugin.Answer, er
 	if ns != nil {
 		defer ns.Close()
 	}
-	if !decided.enrol {
+	if !decided.Enrol {
 		// Whatever is odd about it, the pod is none of the mesh's business.
 		if err = errors.Join(err, e.enrol.remember(rec)); err != nil {
 			e.log.Info("sandbox outside the mesh not recorded", zap.String("pod", rec.pod()), zap.Error(err))
 		}
-		return plugin.Answer{Reason: decided.why}, nil
+		return plugin.Answer{Reason: decided.Why}, nil
 	}
 	if err != nil {
 		return plugin.Answer{}, refusal{http.StatusBadRequest, err}
@@ -111,10 +111,11 @@ func (e *events) add(ctx context.Context, event plugin.Event) (plugin.Answer, er
 	// What cannot be understood is told of when the watch looks at the pod.
 	rec.Exclude, _ = e.watch.exclusions(pod, namespace)
 	if err := e.enrol.start(ctx, rec, ns); err != nil {
-		return plugin.Answer{}, err
+		// Of the mesh in any case: nobody else need be asked.
+		return plugin.Answer{}, refusal{http.StatusInternalServerError, err}
 	}
 	e.watch.queue.Add(work{key: rec.pod(), started: true}) // for the annotation
-	return plugin.Answer{Redirected: true, Reason: decided.why}, nil
+	return plugin.Answer{Redirected: true, Reason: decided.Why}, nil
 }
 
 // sandbox completes a pod's record by what the plugin says of the sandbox, and opens its network namespace, which the
@@ -157,13 +158,13 @@ func (e *events) check(ctx context.Context, event plugin.Event) (plugin.Answer, 
 		return plugin.Answer{}, err
 	}
 	decided := decide(pod, namespace, e.watch.exclude)
-	if !decided.enrol {
-		return plugin.Answer{Reason: decided.why}, nil
+	if !decided.Enrol {
+		return plugin.Answer{Reason: decided.Why}, nil
 	}
 	if rec, ok := e.enrol.records.get(string(pod.UID)); !ok || !e.enrol.holds(rec) {
 		return plugin.Answer{}, errors.New("the pod is to be in the mesh and is not captured")
 	}
-	return plugin.Answer{Redirected: true, Reason: decided.why}, nil
+	return plugin.Answer{Redirected: true, Reason: decided.Why}, nil
 }
 
 // Names as Kubernetes and container runtimes have them. They come into log lines, file names and the proxy's metrics.

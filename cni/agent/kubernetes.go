@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/fairlead-mesh/fairlead/cni/install"
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
 	"github.com/fairlead-mesh/fairlead/internal/kubedir"
 )
 
@@ -39,13 +40,16 @@ type cluster interface {
 	warn(ctx context.Context, pod *corev1.Pod, reason, message string) error
 	// withdrawn tells whether the agent's DaemonSet says that the mesh is withdrawn from the nodes.
 	withdrawn(ctx context.Context, namespace, name string) (bool, error)
+	// access is how the CNI plugin may ask by itself, as a service account, NAMESPACE/NAME, and for how long.
+	access(ctx context.Context, account string) (plugin.Access, time.Duration, error)
 }
 
 // api is a Kubernetes API server. It is asked by a plain REST client for the core group: the typed clients of all groups
 // would be most of the agent's memory.
 type api struct {
-	core *rest.RESTClient
-	node string
+	core   *rest.RESTClient
+	config *rest.Config
+	node   string
 }
 
 func newAPI(kubeconfig, node string) (*api, error) {
@@ -74,7 +78,7 @@ func newAPI(kubeconfig, node string) (*api, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the Kubernetes client: %w", err)
 	}
-	return &api{core, node}, nil
+	return &api{core, config, node}, nil
 }
 
 func (a *api) podLists() cache.ListerWatcher {

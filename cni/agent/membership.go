@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +30,7 @@ func (a *agent) keepMembership(ctx context.Context) error {
 	if err != nil {
 		a.log.Warn("the record of the mesh is begun anew", zap.Error(err))
 	}
-	failed := false
+	failed, forgotten := false, a.cfg.PluginAccess == ""
 	for {
 		if a.started.Load() {
 			former = a.watch.membership(former.Single)
@@ -40,6 +39,10 @@ func (a *agent) keepMembership(ctx context.Context) error {
 				if err = writeDurably(a.cfg.Record, text); err == nil {
 					written = text
 				}
+			}
+			if err == nil && !forgotten { // it is in the record now
+				err = plugin.ForgetHeld(a.cfg.PluginAccess)
+				forgotten = true
 			}
 			if err != nil && !failed {
 				a.log.Error("the record of the mesh is not written: after a reboot pods may wait that need not", zap.Error(err))
@@ -69,7 +72,7 @@ func (w *watcher) membership(single []string) plugin.Record {
 	}
 	for _, object := range w.pods.List() {
 		pod := object.(*corev1.Pod)
-		member := decide(pod, labelled[pod.Namespace], w.exclude).enrol
+		member := decide(pod, labelled[pod.Namespace], w.exclude).Enrol
 		for _, uid := range []string{string(pod.UID), pod.Annotations[mirrorAnnotation]} {
 			if uid != "" {
 				r.Pods[uid] = member
@@ -90,23 +93,20 @@ func (w *watcher) membership(single []string) plugin.Record {
 	return r
 }
 
-// writeDurably replaces a file as a whole, so that it is there after a power cut.
+// writeDurably replaces a file, which is root's alone, as a whole, so that it is there after a power cut.
 func writeDurably(path string, content []byte) error {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("write the record of the mesh: %w", err)
+		return err
 	}
 	f, err := os.CreateTemp(dir, ".new-")
 	if err != nil {
-		return fmt.Errorf("write the record of the mesh: %w", err)
+		return err
 	}
 	defer os.Remove(f.Name()) // after the rename there is none of that name
 	_, err = f.Write(content)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("write the record of the mesh: %w", err)
-	}
-	return nil
+	return os.Rename(f.Name(), path)
 }

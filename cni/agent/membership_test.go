@@ -1,11 +1,14 @@
 package agent
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -44,6 +47,36 @@ func TestMembership(t *testing.T) {
 	w.pods.Delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "mixed", Name: "single"}})
 	if got = w.membership(got.Single); got.Outside("mixed", "new") || got.Outside("once", "new") || !got.Outside("legacy", "new") {
 		t.Errorf("after the labelled pod is gone: %+v", got)
+	}
+}
+
+// What the plugin remembers is for an agent that is away: one that is back has it in the record, and not before.
+func TestRecordTakesThePlaceOfWhatThePluginRemembers(t *testing.T) {
+	dir := t.TempDir()
+	held := filepath.Join(dir, "held", "u-1")
+	if err := writeDurably(held, nil); err != nil {
+		t.Fatal(err)
+	}
+	pods, namespaces := cache.NewStore(cache.MetaNamespaceKeyFunc), cache.NewStore(cache.MetaNamespaceKeyFunc)
+	a := &agent{log: zap.NewNop(), watch: &watcher{pods: pods, namespaces: namespaces},
+		cfg: Config{Record: filepath.Join(dir, "mesh.json"), PluginAccess: filepath.Join(dir, "access.json")}}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.keepMembership(ctx) }()
+	time.Sleep(10 * time.Millisecond)
+	if _, err := os.Stat(held); err != nil {
+		t.Errorf("before the agent knows its pods: %v", err)
+	}
+	a.started.Store(true)
+	for _, err := os.Stat(held); err == nil; _, err = os.Stat(held) {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := os.Stat(a.cfg.Record); err != nil {
+		t.Errorf("forgotten without a record: %v", err)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -222,7 +222,7 @@ func (w *watcher) reconcile(ctx context.Context, item work) error {
 		return err
 	}
 	uid := string(pod.UID)
-	if !decide(pod, namespace, w.exclude).enrol {
+	if !decide(pod, namespace, w.exclude).Enrol {
 		w.forgetWarning(uid)
 		w.forgetComplaint(uid)
 		if err := w.enrol.release(ctx, uid); err != nil {

@@ -48,6 +48,8 @@ type Config struct {
 	EventSocket string
 	// Record is the agent's record of the mesh as the plugin sees it; empty: there is none.
 	Record string
+	// Access is the plugin's access to the API server as the plugin sees it; empty: it asks nobody but the agent.
+	Access string
 	// ExcludeNamespaces are those whose pods start without the agent.
 	ExcludeNamespaces []string
 	Log               *zap.Logger
@@ -192,8 +194,9 @@ func configEntry(cfg Config) ([]byte, error) {
 		Type              string   `json:"type"`
 		EventSocket       string   `json:"eventSocket,omitempty"`
 		Record            string   `json:"record,omitempty"`
+		Access            string   `json:"apiAccess,omitempty"`
 		ExcludeNamespaces []string `json:"excludeNamespaces,omitempty"`
-	}{plugin.Type, cfg.EventSocket, cfg.Record, cfg.ExcludeNamespaces})
+	}{plugin.Type, cfg.EventSocket, cfg.Record, cfg.Access, cfg.ExcludeNamespaces})
 }
 
 var errNoConfiguration = errors.New("no CNI configuration yet: the cluster's network plugin is not installed")

@@ -2,6 +2,7 @@ package install
 
 import (
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
+
+	"github.com/fairlead-mesh/fairlead/cni/plugin"
 )
 
 const ours = `{"type":"fairlead-cni","eventSocket":"/run/s","excludeNamespaces":["istio-system"]}`
@@ -217,5 +220,23 @@ func TestRun(t *testing.T) {
 	}
 	if !in() {
 		t.Error("the plugin was taken out when the agent ended")
+	}
+}
+
+func TestEntryIsWhatThePluginReads(t *testing.T) {
+	for _, access := range []string{"", "/access.json"} {
+		entry, err := configEntry(Config{EventSocket: "/run/s", Record: "/mesh.json", Access: access, ExcludeNamespaces: []string{"a"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got plugin.Conf
+		if err := json.Unmarshal(entry, &got); err != nil {
+			t.Fatal(err)
+		}
+		want := plugin.Conf{EventSocket: "/run/s", Record: "/mesh.json", Access: access, ExcludeNamespaces: []string{"a"}}
+		want.Type = plugin.Type
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", entry, diff)
+		}
 	}
 }

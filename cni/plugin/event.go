@@ -36,7 +36,8 @@ type IPConfig struct {
 }
 
 // Answer is the agent's answer to an Event that it accepted (status 200); with any other status the body is text that
-// says why not.
+// says why not. Status 503 says that the agent cannot tell whether the pod is to be in the mesh, as when it starts; after others
+// the plugin looks no further.
 type Answer struct {
 	// Redirected tells whether the pod is in the mesh.
 	Redirected bool

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -17,6 +18,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/fairlead-mesh/fairlead/internal/membership"
 )
 
 // Type is the plugin's name in a CNI configuration, which is also the name of its binary.
@@ -33,6 +36,9 @@ type Conf struct {
 	// Record is the file in which the agent keeps who is in the mesh, for when it cannot be asked; empty: all pods wait
 	// for the agent then.
 	Record string `json:"record,omitempty"`
+	// Access is the file in which the agent keeps the plugin's own access to the API server, which is asked when the agent cannot
+	// be; empty: the record decides alone.
+	Access string `json:"apiAccess,omitempty"`
 	// TimeoutSeconds bounds one question to the agent; 20 when 0.
 	TimeoutSeconds int `json:"timeoutSeconds,omitempty"`
 }
@@ -67,8 +73,13 @@ func add(args *skel.CmdArgs) error {
 		return err
 	}
 	if concerns(conf, event) {
-		if _, err := ask(conf, AddPath, event); err != nil && !outside(conf, event, err) {
-			return refuse(event, err)
+		if _, err := ask(conf, AddPath, event); err != nil {
+			free, why := outside(conf, event, err)
+			if !free {
+				return refuse(event, err, why)
+			}
+			// The runtime puts it in its log.
+			fmt.Fprintf(os.Stderr, "%s: pod %s/%s starts outside the mesh without the cni-agent's word: %s\n", Type, event.PodNamespace, event.PodName, why)
 		}
 	}
 	return types.PrintResult(conf.PrevResult, conf.CNIVersion)
@@ -103,7 +114,7 @@ func check(args *skel.CmdArgs) error {
 		return nil
 	}
 	if _, err := ask(conf, CheckPath, event); err != nil {
-		return refuse(event, err)
+		return refuse(event, err, "")
 	}
 	return nil
 }
@@ -190,29 +201,67 @@ func concerns(conf Conf, event Event) bool {
 	return event.PodName != "" && event.PodNamespace != "" && !slices.Contains(conf.ExcludeNamespaces, event.PodNamespace)
 }
 
-// outside tells whether a pod that the agent could not answer for is known to be none of the mesh's.
-func outside(conf Conf, event Event, err error) bool {
+// outside tells whether a pod that the agent could not answer for is none of the mesh's, and who says so: the API server,
+// which knows, and where that cannot be asked, what it said before and the agent's record on the node.
+func outside(conf Conf, event Event, err error) (outside bool, why string) {
 	var answered *agentError
 	if errors.As(err, &answered) && answered.status != http.StatusServiceUnavailable {
-		return false
+		return false, ""
 	}
-	if conf.Record == "" {
-		return false
+	if conf.Access != "" {
+		decided, err := askAPIServer(conf, event)
+		if err == nil {
+			return !decided.Enrol, "the API server's objects say that " + decided.Why
+		}
+		why = fmt.Sprintf("; the API server does not say (%v)", err)
+		if held(conf.Access, event.PodUID) {
+			return false, "the API server had it in the mesh before" + why
+		}
 	}
-	record, ok, err := ReadRecord(conf.Record)
-	return err == nil && ok && record.Outside(event.PodNamespace, event.PodUID)
+	record, ok, err := Record{}, false, error(nil)
+	if conf.Record != "" {
+		record, ok, err = ReadRecord(conf.Record)
+	}
+	switch {
+	case err != nil:
+		return false, err.Error() + why
+	case !ok:
+		return false, "the node has no record of who is in the mesh" + why
+	case record.Outside(event.PodNamespace, event.PodUID):
+		return true, "the agent's record on the node has it outside" + why
+	}
+	return false, "the agent's record on the node has it, or others of its namespace, in the mesh" + why
 }
 
-// refuse puts what went wrong into words for someone who reads the pod's events.
-func refuse(event Event, err error) error {
+// askAPIServer asks whether a pod is to be in the mesh, and remembers the answer.
+func askAPIServer(conf Conf, event Event) (membership.Decision, error) {
+	access, err := readAccess(conf.Access)
+	if err != nil {
+		return membership.Decision{}, err
+	}
+	decided, err := access.decide(event, conf.ExcludeNamespaces)
+	if err != nil {
+		return decided, err
+	}
+	if err := remember(conf.Access, event.PodUID, decided.Enrol); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", Type, err)
+	}
+	return decided, nil
+}
+
+// refuse puts what went wrong into words for someone who reads the pod's events; why is who says that the pod must wait.
+func refuse(event Event, err error, why string) error {
 	pod := event.PodNamespace + "/" + event.PodName
+	if why != "" {
+		why = " (" + why + ")"
+	}
 	var answered *agentError
 	if errors.As(err, &answered) {
-		return types.NewError(types.ErrTryAgainLater, fmt.Sprintf("pod %s is not captured by the mesh: %s", pod, answered.text),
+		return types.NewError(types.ErrTryAgainLater, fmt.Sprintf("pod %s is not captured by the mesh: %s%s", pod, answered.text, why),
 			"the start is tried again by itself; the log of the node's istio-cni-node pod says more")
 	}
 	return types.NewError(types.ErrTryAgainLater,
-		fmt.Sprintf("pod %s waits for the mesh's cni-agent of this node, which does not answer, so that it cannot run outside the mesh: %v", pod, err),
+		fmt.Sprintf("pod %s waits for the mesh's cni-agent of this node, which does not answer, so that it cannot run outside the mesh%s: %v", pod, why, err),
 		"look at the istio-cni-node pod of this node in istio-system; pods of namespaces in excludeNamespaces of the CNI configuration do not wait")
 }
 

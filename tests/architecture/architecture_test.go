@@ -81,7 +81,7 @@ var rules = []rule{
 		forbid: []string{"k8s.io/client-go", "k8s.io/api/"}, except: []string{"internal/kubedir", "internal/kubescheme"}},
 	{name: "the agent is small", from: []string{"cmd/cni-agent", "cni"},
 		forbid: []string{"k8s.io/client-go/kubernetes", "istio.io/", "sigs.k8s.io/gateway-api"}},
-	{name: "decisions do no I/O", from: []string{"internal/route", "internal/authz", "internal/httproute", "internal/balance"},
+	{name: "decisions do no I/O", from: []string{"internal/route", "internal/authz", "internal/httproute", "internal/balance", "internal/membership"},
 		forbid: []string{"go.uber.org/zap", "google.golang.org/grpc", module + "api/", "os/exec"}},
 	{name: "xds knows no noun", from: []string{"internal/xds"},
 		forbid: []string{module + "internal/mesh", module + "api/"}},

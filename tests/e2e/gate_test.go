@@ -94,12 +94,88 @@ func stopAPIServer(t *testing.T) (resume func()) {
 }
 
 // TestDeletedAgentOpensNothing: somebody deletes the agent's DaemonSet. What runs stays in the mesh, what starts in it waits
-// and says for what, and pods outside start.
+// and says for what, and pods outside start: as the API server has it, and without that, as the agent's record.
 func TestDeletedAgentOpensNothing(t *testing.T) {
 	w := newWorld(t, "no-agent", "alice")
-	apply(t, "apiVersion: v1\nkind: Namespace\nmetadata: {name: no-agent-outside}\n")
-	t.Cleanup(func() { kubectl(t, "delete", "namespace", "no-agent-outside", "--wait=false") })
+	for _, namespace := range []string{"no-agent-outside", "no-agent-single", "no-agent-late"} {
+		apply(t, "apiVersion: v1\nkind: Namespace\nmetadata: {name: "+namespace+"}\n")
+		t.Cleanup(func() { kubectl(t, "delete", "namespace", namespace, "--wait=false") })
+	}
 	w.join(t)
+	restore := deleteAgent(t)
+	got, readable, hbone := w.observe(t, "alice")
+	allOK(t, "without the agent", got)
+	if readable != 0 || hbone == 0 {
+		t.Errorf("without the agent the payload was readable %d times, %d HBONE packets", readable, hbone)
+	}
+
+	// Of the namespaces of these pods the nodes' records know nothing, but of the first.
+	kubectl(t, "label", "namespace", "no-agent-late", "istio.io/dataplane-mode=ambient")
+	mark := fmt.Sprintf("-%d;", time.Now().UnixNano())
+	waiting := []struct{ namespace, name, labels, why string }{
+		{w.namespace, "waits", "", "the namespace's label opts in"},
+		{"no-agent-single", "labelled", ", istio.io/dataplane-mode: ambient", "the pod's label opts in"},
+		{"no-agent-late", "inherits", "", "the namespace's label opts in"},
+	}
+	outside := []struct{ namespace, name, labels string }{
+		{"no-agent-outside", "starts", ""}, {"no-agent-single", "plain", ""}, {"no-agent-late", "opts-out", ", istio.io/dataplane-mode: none"},
+		{w.namespace, "leaves", ", istio.io/dataplane-mode: none"},
+	}
+	c := startCapture(t, "node2")
+	for _, p := range waiting {
+		apply(t, talker(p.namespace, p.name, p.labels, p.name+mark))
+	}
+	for _, p := range outside {
+		apply(t, talker(p.namespace, p.name, p.labels, p.name+mark))
+	}
+	for _, p := range outside {
+		kubectl(t, "-n", p.namespace, "wait", "--for=condition=Ready", "pod/"+p.name, "--timeout=60s")
+	}
+	for _, p := range waiting {
+		eventually(t, 60*time.Second, "the pod says what it waits for", func() error {
+			out := kubectl(t, "-n", p.namespace, "describe", "pod", p.name)
+			if !strings.Contains(out, "waits for the mesh's cni-agent") || !strings.Contains(out, p.why) {
+				return fmt.Errorf("%s", out)
+			}
+			return nil
+		})
+	}
+	w.restartWithoutAPIServer(t)
+	restore()
+	for _, p := range waiting {
+		kubectl(t, "-n", p.namespace, "wait", "--for=condition=Ready", "pod/"+p.name, "--timeout=120s")
+		eventually(t, 30*time.Second, p.name+" is captured", func() error {
+			if out := kubectl(t, "-n", p.namespace, "get", "pod", p.name, "-o", "yaml"); !strings.Contains(out, "ambient.istio.io/redirection: enabled") {
+				return fmt.Errorf("%s", out)
+			}
+			return nil
+		})
+	}
+	kubectl(t, "-n", w.namespace, "wait", "--for=condition=Ready", "pod/alice", "--timeout=120s")
+	allOK(t, "with the agent again", w.client(t, "alice", "http://server/", "-n", "1"))
+	time.Sleep(time.Second) // in which they talk
+	recorded := c.stop(t)
+	for _, p := range waiting {
+		if n := bytes.Count(recorded, []byte(p.name+mark)); n != 0 {
+			t.Errorf("%s/%s was readable %d times", p.namespace, p.name, n)
+		}
+	}
+	for _, p := range outside {
+		if bytes.Count(recorded, []byte(p.name+mark)) == 0 {
+			t.Errorf("control: %s/%s is outside the mesh, and was never readable", p.namespace, p.name)
+		}
+	}
+}
+
+// talker is a talkerManifest with further labels, whose server is that of no-agent.
+func talker(namespace, name, labels, mark string) string {
+	return strings.NewReplacer("labels: {app: "+name, "labels: {app: "+name+labels, "http://server/", "http://server.no-agent/").
+		Replace(fmt.Sprintf(talkerManifest, namespace, name, mark))
+}
+
+// deleteAgent deletes the agent's DaemonSet, until the returned function is called.
+func deleteAgent(t *testing.T) (restore func()) {
+	t.Helper()
 	var set map[string]any
 	if err := json.Unmarshal([]byte(kubectl(t, "-n", "istio-system", "get", "daemonset", "istio-cni-node", "-o", "json")), &set); err != nil {
 		t.Fatal(err)
@@ -114,31 +190,93 @@ func TestDeletedAgentOpensNothing(t *testing.T) {
 	}
 	time.Sleep(time.Second) // until the nodes' records say what the namespaces are
 	kubectl(t, "-n", "istio-system", "delete", "daemonset", "istio-cni-node", "--wait")
-	t.Cleanup(func() {
+	restore = sync.OnceFunc(func() {
 		apply(t, string(manifest))
 		kubectl(t, "-n", "istio-system", "rollout", "status", "daemonset/istio-cni-node", "--timeout=120s")
 	})
+	t.Cleanup(restore)
 	eventually(t, 60*time.Second, "the agents are gone", func() error {
 		if left := kubectl(t, "-n", "istio-system", "get", "pods", "-l", "k8s-app=istio-cni-node", "-o", "name"); left != "" {
 			return fmt.Errorf("left: %s", left)
 		}
 		return nil
 	})
-	got, readable, hbone := w.observe(t, "alice")
-	allOK(t, "without the agent", got)
-	if readable != 0 || hbone == 0 {
-		t.Errorf("without the agent the payload was readable %d times, %d HBONE packets", readable, hbone)
+	return restore
+}
+
+// restartWithoutAPIServer lets the sandboxes of a pod outside the mesh and of one in it end, while neither the agent nor the API
+// server answers: the former starts again by the record on its node, the latter waits. So does a pod that the record does not
+// know: the API server had it in the mesh.
+func (w *world) restartWithoutAPIServer(t *testing.T) {
+	t.Helper()
+	labelled := kubectl(t, "-n", "no-agent-single", "get", "pod", "labelled", "-o", "jsonpath={.metadata.uid}")
+	resume := stopAPIServer(t)
+	before := running(t, "starts", "container")
+	for _, pod := range []string{"starts", "alice"} {
+		if _, err := testLab.exec("node1", "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", running(t, pod, "sandbox")); err != nil {
+			t.Fatal(err)
+		}
 	}
-	apply(t, fmt.Sprintf(talkerManifest, w.namespace, "waits", "m")+fmt.Sprintf(talkerManifest, "no-agent-outside", "starts", "m"))
-	kubectl(t, "-n", "no-agent-outside", "wait", "--for=condition=Ready", "pod/starts", "--timeout=60s")
-	eventually(t, 60*time.Second, "the pod says what it waits for", func() error {
-		if out := kubectl(t, "-n", w.namespace, "describe", "pod", "waits"); !strings.Contains(out, "waits for the mesh's cni-agent") {
-			return fmt.Errorf("%s", out)
+	eventually(t, 90*time.Second, "the pod outside starts again", func() error {
+		if now := running(t, "starts", "container"); now == "" || now == before {
+			return fmt.Errorf("its container is %q, and was %q", now, before)
 		}
 		return nil
 	})
-	apply(t, string(manifest))
-	kubectl(t, "-n", w.namespace, "wait", "--for=condition=Ready", "pod/waits", "--timeout=120s")
+	for _, tc := range []struct {
+		namespace, pod, uid string
+		starts              bool
+		says                string
+	}{
+		{w.namespace, "alice", "", false, "the agent's record on the node has it, or others of its namespace, in the mesh; the API server does not say"},
+		{"no-agent-single", "labelled", labelled, false, "the API server had it in the mesh before; the API server does not say"},
+		{"no-agent-single", "labelled", "", true, ""}, // control: by the record alone
+		{"no-agent-outside", "starts", "", true, ""},
+	} {
+		out, err := addSandbox(t, tc.namespace, tc.pod, tc.uid)
+		if (err == nil) != tc.starts || !strings.Contains(out, tc.says) {
+			t.Errorf("the plugin says of pod %s with UID %q: %s, %v", tc.pod, tc.uid, out, err)
+		}
+	}
+	if now := running(t, "alice", "container"); now != "" {
+		t.Errorf("the pod in the mesh runs without the agent: %s", now)
+	}
+	resume()
+}
+
+// running names the containers of a pod on node1 that run; kind is sandbox, or container for those of the pod's specification.
+func running(t *testing.T, pod, kind string) string {
+	t.Helper()
+	out, err := testLab.exec("node1", "sh", "-c", `running=$(ctr -n k8s.io tasks ls | awk '$3 == "RUNNING" {print $1}')
+for id in $(ctr -n k8s.io containers ls -q 'labels."io.kubernetes.pod.name"==`+pod+`,labels."io.cri-containerd.kind"==`+kind+`'); do
+	case $running in *$id*) echo $id ;; esac
+done`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(out)
+}
+
+// addSandbox calls the plugin on node1 as a runtime does that starts a pod; with an empty UID it is one that nobody has seen yet.
+func addSandbox(t *testing.T, namespace, pod, uid string) (string, error) {
+	t.Helper()
+	text, err := testLab.exec("node1", "sh", "-c", "cat /etc/cni/net.d/*.conflist")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list struct{ Plugins []map[string]any }
+	if err := json.Unmarshal([]byte(text), &list); err != nil {
+		t.Fatal(err)
+	}
+	conf := list.Plugins[len(list.Plugins)-1]
+	conf["cniVersion"], conf["name"], conf["prevResult"] = "1.0.0", "lab", map[string]any{"cniVersion": "1.0.0"}
+	stdin, err := json.Marshal(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return command(time.Minute, stdin, filepath.Join(testLab.top, "hack/cluster.sh"), "exec", "node1", "env", "CNI_COMMAND=ADD",
+		"CNI_CONTAINERID=by-hand", "CNI_NETNS=/proc/self/ns/net", "CNI_NETNS_OVERRIDE=1", "CNI_IFNAME=eth0", "CNI_PATH=/opt/cni/bin",
+		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+namespace+";K8S_POD_NAME="+pod+";K8S_POD_UID="+uid, "/opt/cni/bin/fairlead-cni")
 }
 
 // TestRewrittenConfigurationIsMended: another tool takes the plugin out of a node's CNI configuration.
