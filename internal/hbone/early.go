@@ -26,10 +26,11 @@ type earlyApp struct {
 	at      int64 // loopTunnel.written before what was sent
 }
 
-// begin sends what is there, or else waits for it.
+// begin sends what is there, or else waits for it. Sending may find that the tunnel is lost, and then stop undoes the rest.
 func (e *earlyApp) begin() {
-	e.send()
-	e.started = e.t.w.loop.Add(e.fd, e) == nil // attach will find the same error
+	if e.started = e.t.w.loop.Add(e.fd, e) == nil; e.started { // else attach will find the same error
+		e.send()
+	}
 }
 
 // Ready takes the socket's events.

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
 
 	"github.com/fairlead-mesh/fairlead/internal/loop"
 	"github.com/fairlead-mesh/fairlead/internal/relay"
@@ -90,6 +91,37 @@ func TestEarlyData(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestEarlyDataOnATunnelThatBreaks has a tunnel with a full buffer that turns out to be lost while the CONNECT is sent. The
+// connection goes on with the next tunnel.
+func TestEarlyDataOnATunnelThatBreaks(t *testing.T) {
+	p := newPair(t, newLoops(t, 1), newLoops(t, 1), PoolConfig{}, echoHandler)
+	s, err := p.open(t.Context(), Request{Authority: "b:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	app, fd := detachedPair(t)
+	want := pattern(5000, 1)
+	app.Write(want)
+	tunnel := s.t.(*loopTunnel)
+	told := make(chan (<-chan outcome), 1)
+	tunnel.w.loop.Post(func() {
+		tunnel.flush()
+		tunnel.buf = tunnel.w.sendBuffer()
+		tunnel.sent, tunnel.sealed = 0, len(tunnel.buf)
+		unix.Shutdown(tunnel.fd, unix.SHUT_RDWR)
+		told <- p.startEarly(t, app, fd)
+	})
+	o := <-<-told
+	if o.err != nil {
+		t.Fatal(o.err)
+	}
+	o.s.RelayFD(fd, func(relay.Result) {})
+	app.CloseWrite()
+	if got, err := io.ReadAll(app); err != nil || string(got) != string(want) {
+		t.Errorf("got %d bytes, %v", len(got), err)
 	}
 }
 

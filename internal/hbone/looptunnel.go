@@ -304,7 +304,9 @@ func (t *loopTunnel) read() int {
 	t.life.heard = t.w.start.Add(t.w.now)
 	t.m.Advance(t.w.now)
 	rest, err := t.records(r.b[:kept+n])
-	t.adapt(n)
+	if !t.dead {
+		t.adapt(n)
+	}
 	t.w.feedApps(r)
 	t.tail = append(t.tail[:0], rest...)
 	if len(rest) == 0 {
