@@ -1,6 +1,7 @@
 package accesslog
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"sync"
@@ -15,7 +16,7 @@ const (
 )
 
 // buffer writes lines in a goroutine of its own: who writes a line never waits for the reader of the log. A reader that
-// does not keep up, or does not read at all, loses lines, and is told how many.
+// does not keep up, does not read at all, or cannot be written to, loses lines, and is told how many.
 type buffer struct {
 	out     io.Writer
 	told    func(lost int64) // writes the line that says it
@@ -76,12 +77,9 @@ func (b *buffer) run() {
 		}
 		b.mu.Lock()
 		batch, b.waiting = b.waiting, batch[:0]
-		lost, stopped := b.lost, b.stopped
-		b.lost = 0
+		stopped := b.stopped
 		b.mu.Unlock()
-		if len(batch) > 0 {
-			_, _ = b.out.Write(batch) // there is nobody to tell that nobody reads
-		}
+		lost := b.write(batch)
 		if stopped { // nothing has come since
 			return
 		}
@@ -92,6 +90,25 @@ func (b *buffer) run() {
 			batch = nil
 		}
 	}
+}
+
+// write writes lines; lost is how many were lost before them, to be told now. What cannot be written, on a full disk or to a
+// reader that has gone, is lost too, and told when something can be.
+func (b *buffer) write(batch []byte) (lost int64) {
+	n, err := 0, error(nil)
+	if len(batch) > 0 {
+		n, err = b.out.Write(batch)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil {
+		failed := int64(bytes.Count(batch[n:], []byte{'\n'}))
+		b.lost += failed
+		b.dropped += failed
+		return 0
+	}
+	lost, b.lost = b.lost, 0
+	return lost
 }
 
 // stop writes what waits, if that can be done soon.

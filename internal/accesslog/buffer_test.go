@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -103,4 +104,53 @@ func TestStopWritesTheRest(t *testing.T) {
 		t.Error("no error although nobody has read")
 	}
 	r.Close() // which ends the writer
+}
+
+// disk is full until it is not.
+type disk struct {
+	mu      sync.Mutex
+	full    bool
+	written bytes.Buffer
+}
+
+func (d *disk) Write(p []byte) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.full {
+		return 0, syscall.ENOSPC
+	}
+	return d.written.Write(p)
+}
+
+// TestFullDisk: lines that cannot be written are counted, and told of once others can.
+func TestFullDisk(t *testing.T) {
+	d := &disk{full: true}
+	l, stop := Open(d, zapcore.InfoLevel, encoder())
+	l.Write(&Record{Direction: "outbound", Flag: "-"})
+	l.Write(&Record{Direction: "inbound", Flag: "-"})
+	for end := time.Now().Add(20 * time.Second); l.Dropped() < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d of 2 lines counted", l.Dropped())
+		}
+	}
+	d.mu.Lock()
+	d.full = false
+	d.mu.Unlock()
+	l.Write(&Record{Direction: "outbound", Flag: "-"})
+	told := func() bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return strings.Contains(d.written.String(), `"lines":2`)
+	}
+	for end := time.Now().Add(20 * time.Second); !told(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not told of 2 lines: %s", d.written.String())
+		}
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if n := l.Dropped(); n != 2 {
+		t.Errorf("%d lines counted, want 2", n)
+	}
 }
