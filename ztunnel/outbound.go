@@ -178,7 +178,7 @@ func (p *Proxy) onThisNode(c *connection, d route.Decision) *pod {
 func (p *Proxy) sendNode(ctx context.Context, c *connection, peer *pod, d route.Decision, app *net.TCPConn) *failure {
 	c.path = pathNode
 	if peer != c.pod {
-		if err := p.mayReach(ctx, c.pod, d.NextHop); err != nil {
+		if err := p.mayReach(ctx, c.pod, reached{peer, d.NextHop}); err != nil {
 			return classify(err)
 		}
 	}

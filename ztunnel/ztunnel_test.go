@@ -19,9 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
@@ -250,38 +247,6 @@ func TestSameNodeThroughATunnelWhenForced(t *testing.T) {
 	if answer, err := call(t, s.far.ns, s.vip4); err != nil || answer != s.far.ip4.String()+"\nhello" {
 		t.Errorf("a pod that calls itself: %q, %v", answer, err)
 	}
-}
-
-// TestNetworkIsAskedWithinTheNode: what keeps NetworkPolicy sees no joined sockets, but it decides whether pods are joined.
-func TestNetworkIsAskedWithinTheNode(t *testing.T) {
-	s := newShop(t, map[string]string{"POOL_UNUSED_RELEASE_TIMEOUT": "2s"})
-	forbidden := netlink.NewRule()
-	forbidden.Family, forbidden.Priority, forbidden.Type = unix.AF_INET, 1, unix.RTN_PROHIBIT
-	forbidden.IPProto, forbidden.Dport = unix.IPPROTO_TCP, netlink.NewRulePortRange(15008, 15008)
-	in := func(change func(*netlink.Rule) error) {
-		t.Helper()
-		s.must(netns.Do(s.client.ns, func() error { return change(forbidden) }))
-	}
-	works := func() error {
-		_, err := call(t, s.client.ns, s.near4)
-		return err
-	}
-	fails := func() error {
-		if works() == nil {
-			return errors.New("answered")
-		}
-		return nil
-	}
-	in(netlink.RuleAdd)
-	s.eventually(fails, "the network says no")
-	s.node1.line(t, map[string]any{"direction": "outbound", "path": "node", "response_flags": "CONNECT", "error": contains("ask the network")})
-	in(netlink.RuleDel)
-	s.eventually(works, "the network says yes")
-	in(netlink.RuleAdd)
-	if err := works(); err != nil {
-		t.Errorf("asked again at once: %v", err)
-	}
-	s.eventually(fails, "the network says no again")
 }
 
 // TestPolicyChangeCutsLiveConnections: a DENY reaches what is open already, and only what it is about.
