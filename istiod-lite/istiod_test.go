@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +21,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/api/workload"
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 	"github.com/fairlead-mesh/fairlead/internal/wire"
 	"github.com/fairlead-mesh/fairlead/internal/xds"
 )
@@ -91,7 +91,7 @@ func start(t *testing.T, files map[string]string) *world {
 	}
 	w.cfg = Config{
 		ConfigDir: w.dir, Namespace: "istio-system", TrustDomain: "cluster.local", ClusterID: "Kubernetes",
-		GRPCAddr: free(t), TLSAddr: free(t), MonitoringAddr: free(t), CADir: t.TempDir(), TokenFile: tokens,
+		GRPCAddr: testenv.FreeAddr(t), TLSAddr: testenv.FreeAddr(t), MonitoringAddr: testenv.FreeAddr(t), CADir: t.TempDir(), TokenFile: tokens,
 		Log: zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)),
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -108,15 +108,6 @@ func start(t *testing.T, files map[string]string) *world {
 		return err == nil && get(w.cfg.MonitoringAddr, "/ready") == 200
 	})
 	return w
-}
-
-func free(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 func (w *world) write(name, text string) {
@@ -143,9 +134,8 @@ func (w *world) plane(token string) identity.ControlPlane {
 	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
 		w.t.Fatal(err)
 	}
-	_, port, _ := net.SplitHostPort(w.cfg.TLSAddr)
 	return identity.ControlPlane{
-		Address: "https://127.0.0.1:" + port, RootFile: filepath.Join(w.cfg.CADir, "root-cert.pem"), TokenFile: file,
+		Address: "https://" + w.cfg.TLSAddr, RootFile: filepath.Join(w.cfg.CADir, "root-cert.pem"), TokenFile: file,
 		ServerName: "istiod.istio-system.svc",
 	}
 }

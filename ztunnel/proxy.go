@@ -164,7 +164,7 @@ func newProxy(running context.Context, cfg Config, log Log) (*Proxy, error) {
 	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	p.metrics = newMetrics(p.registry)
 	p.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Name: "fairlead_access_log_dropped_lines_total", Help: "Lines of the access log that were dropped, as nobody read those before them.",
+		Name: "fairlead_access_log_dropped_lines_total", Help: "Lines of the access log that were dropped: nobody read those before them, or they could not be written.",
 	}, func() float64 { return float64(log.Access.Dropped()) }))
 	p.connections = newConnections(log.Access, p.metrics, cfg.Limits)
 	p.pool = hbone.NewPool(hbone.PoolConfig{

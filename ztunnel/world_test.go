@@ -303,22 +303,11 @@ func (p *pod) workload(node string, change func(*mesh.Workload)) *mesh.Workload 
 	return w
 }
 
-// freeAddr is a loopback address that nobody listens on.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // node starts a node's proxy.
 func (w *world) node(name string, env map[string]string) *node {
 	w.t.Helper()
 	dir := w.t.TempDir()
-	n := &node{name: name, agent: zds.NewServer(zap.NewNop()), stats: freeAddr(w.t), ready: freeAddr(w.t)}
+	n := &node{name: name, agent: zds.NewServer(zap.NewNop()), stats: testenv.FreeAddr(w.t), ready: testenv.FreeAddr(w.t)}
 	agentCtx, stopAgent := context.WithCancel(context.Background())
 	ctx, cancel := context.WithCancel(context.Background())
 	var agent, proxy sync.WaitGroup
@@ -335,7 +324,7 @@ func (w *world) node(name string, env map[string]string) *node {
 	})
 	all := map[string]string{
 		"NODE_NAME": name, "XDS_ADDRESS": w.control, "INPOD_UDS": n.socket, "FAIRLEAD_BPFFS": w.bpffs,
-		"ADMIN_ADDR": freeAddr(w.t), "STATS_ADDR": n.stats, "READINESS_ADDR": n.ready, "TERMINATION_GRACE_PERIOD": "0",
+		"ADMIN_ADDR": testenv.FreeAddr(w.t), "STATS_ADDR": n.stats, "READINESS_ADDR": n.ready, "TERMINATION_GRACE_PERIOD": "0",
 	}
 	for k, v := range env {
 		all[k] = v

@@ -5,6 +5,8 @@ package testenv
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"testing"
@@ -50,6 +52,20 @@ func RequireEnv(t testing.TB, name, what string) string {
 		t.Skipf("%s is not set: it names %s", name, what)
 	}
 	return v
+}
+
+// FreeAddr is an address and port on loopback that nobody listens on, for a program that is told where to listen. The address is
+// one of its own: on 127.0.0.1 the kernel may give the port to somebody's connection before the program is there.
+func FreeAddr(t testing.TB) string {
+	t.Helper()
+	n := rand.Uint32()
+	ip := netip.AddrFrom4([4]byte{127, byte(n>>16) | 1, byte(n >> 8), byte(n) | 1})
+	l, err := net.Listen("tcp", netip.AddrPortFrom(ip, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
 }
 
 // Settle waits until a device of the calling thread's network namespace is connected and its addresses are in use, 10 s at

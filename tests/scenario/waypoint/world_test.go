@@ -33,6 +33,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/hbone"
 	"github.com/fairlead-mesh/fairlead/internal/identity"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 	"github.com/fairlead-mesh/fairlead/internal/xds"
 	"github.com/fairlead-mesh/fairlead/istiod-lite/translate"
 	"github.com/fairlead-mesh/fairlead/waypoint"
@@ -64,7 +65,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, ctx: ctx, ca: self, certs: identity.NewCertificates(ctx, self, zap.NewNop()),
-		pool: hbone.NewPool(hbone.PoolConfig{}), hbone: freePort(t)}
+		pool: hbone.NewPool(hbone.PoolConfig{}), hbone: netip.MustParseAddrPort(testenv.FreeAddr(t)).Port()}
 	w.input.Gateway = &gatewayv1.Gateway{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "gate", UID: "u"},
 		Spec: gatewayv1.GatewaySpec{GatewayClassName: "istio-waypoint",
 			Listeners: []gatewayv1.Listener{{Name: "mesh", Port: 15008, Protocol: "HBONE"}}}}
@@ -82,9 +83,9 @@ func newWorld(t *testing.T) *world {
 	go func() { _ = server.Serve(ln) }()
 
 	control := identity.ControlPlane{Address: "http://" + ln.Addr().String()}
-	at := func() string { return fmt.Sprintf("127.0.0.1:%d", freePort(t)) }
 	cfg := waypoint.Config{GatewayName: "gate", PodName: "gate-0", PodNamespace: "shop", ServiceAccount: "gate", ClusterID: "Kubernetes",
-		TrustDomain: "cluster.local", XDS: control, CA: control, HBONEAddr: at(), StatsAddr: at(), ReadinessAddr: at(), AdminAddr: at(),
+		TrustDomain: "cluster.local", XDS: control, CA: control, HBONEAddr: testenv.FreeAddr(t), StatsAddr: testenv.FreeAddr(t),
+		ReadinessAddr: testenv.FreeAddr(t), AdminAddr: testenv.FreeAddr(t),
 		HBONEPort: w.hbone, TerminationGrace: time.Second, LogLevel: "error"}
 	w.address, w.admin, w.stats = netip.MustParseAddrPort(cfg.HBONEAddr), cfg.AdminAddr, cfg.StatsAddr
 	done := make(chan error, 1)
@@ -127,16 +128,6 @@ func listen(t *testing.T, address string) net.Listener {
 	}
 	t.Cleanup(func() { ln.Close() })
 	return ln
-}
-
-func freePort(t *testing.T) uint16 {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return uint16(ln.Addr().(*net.TCPAddr).Port)
 }
 
 func (w *world) eventually(what string, ok func() bool) {
