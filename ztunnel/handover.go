@@ -212,7 +212,7 @@ func (p *Proxy) giveAll(ctx context.Context) {
 			to = nil
 		}
 		if !met.IsZero() && !left && time.Since(met) > lateConnects {
-			p.pods.close()
+			p.leave()
 			left = true
 		}
 		if met.IsZero() || left {

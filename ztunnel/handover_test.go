@@ -199,6 +199,35 @@ func TestHandoverAsksPolicies(t *testing.T) {
 	checkMetrics(t, s.node2, "istio_tcp_connections_closed_total{", `reporter="destination"`, `source_workload="client"`)
 }
 
+// TestProxyThatLeavesIsNotAsked: a proxy that still serves what it cannot hand over is the agent's no more; new connections
+// are its successor's, whatever the agent does meanwhile.
+func TestProxyThatLeavesIsNotAsked(t *testing.T) {
+	s := newShop(t, map[string]string{"TERMINATION_GRACE_PERIOD": "30s", "FAIRLEAD_GOROUTINES": "true"})
+	old := s.node1
+	kept := s.greeted(s.client.ns, s.vip4)
+	s.awaitReady(old)
+	next := s.world.node(old.name, map[string]string{"INPOD_UDS": old.socket})
+	s.awaitReady(next)
+	old.end()
+	s.eventually(func() error {
+		if n := len(old.agent.Peers()); n != 1 {
+			return fmt.Errorf("%d proxies are connected to the agent", n)
+		}
+		return nil
+	}, "the former proxy has left")
+	if answer, err := call(t, s.client.ns, s.near4); err != nil {
+		t.Errorf("a new connection: %q, %v", answer, err)
+	}
+	next.line(t, map[string]any{"direction": "outbound", "path": "node"})
+	kept.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := kept.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	if _, err := io.ReadFull(kept, make([]byte, 1)); err != nil {
+		t.Errorf("what the former proxy serves: %v", err)
+	}
+}
+
 // TestNoHandover: the control of TestHandover. Without a successor to give it to, a connection is cut when the grace
 // period is over.
 func TestNoHandover(t *testing.T) {

@@ -56,6 +56,7 @@ type Proxy struct {
 
 	// running ends when the process is about to: connections live in it.
 	running  context.Context
+	unfollow func() // ends followPods
 	draining atomic.Bool
 	taken    atomic.Int64 // connections that came from a predecessor
 }
@@ -92,7 +93,10 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 		return admin.Serve(ctx, cfg.ReadinessAddr, admin.Readiness(p.ready))
 	})
 	background("configuration", p.source.Run)
-	background("pods", p.followPods)
+	following, unfollow := context.WithCancel(groupCtx)
+	defer unfollow()
+	p.unfollow = unfollow
+	background("pods", func(context.Context) error { return p.followPods(following) })
 	taking, noMore := context.WithCancel(groupCtx)
 	defer noMore()
 	background("hand-over", func(context.Context) error { return p.takeOver(taking) })
@@ -116,12 +120,13 @@ func (p *Proxy) followPods(ctx context.Context) error {
 	select {
 	case <-p.source.Synced():
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil
 	}
 	if w := p.cfg.Dedicated; w.Name != "" {
 		return p.serveOwn(ctx, w)
 	}
-	return (&zds.Client{Socket: p.cfg.ZDSSocket, Handler: p.pods, Log: p.log}).Run(ctx)
+	_ = (&zds.Client{Socket: p.cfg.ZDSSocket, Handler: p.pods, Log: p.log}).Run(ctx) // when ctx ends
+	return nil
 }
 
 // serveOwn serves the workload whose network namespace this process is in, and no other.
@@ -136,7 +141,7 @@ func (p *Proxy) serveOwn(ctx context.Context, w zds.Workload) error {
 	}
 	p.pods.Snapshot(map[string]struct{}{w.UID: {}})
 	<-ctx.Done()
-	return ctx.Err()
+	return nil
 }
 
 // newProxy puts the parts together. running ends what they do in the background.
@@ -267,6 +272,13 @@ func (p *Proxy) ready() error {
 		return errors.New("the CNI agent has not named the node's pods yet")
 	}
 	return nil
+}
+
+// leave leaves the pods to a successor: no agent, also not one that has just come, has this proxy's listeners in their slots
+// again, and those that share their ports with the successor's get no more.
+func (p *Proxy) leave() {
+	p.unfollow()
+	p.pods.close()
 }
 
 // drain gives the open connections to a successor, where there is one, or waits until they have ended. New ones are
