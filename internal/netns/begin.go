@@ -92,11 +92,11 @@ func (b *Beginner) socket(ns *os.File, addr netip.Addr) (fd int, err error) {
 	if addr.Is6() {
 		family = unix.AF_INET6
 	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := b.recover(); err != nil {
+	if err := b.goHome(); err != nil {
 		return -1, err
 	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	if ns != nil {
 		if err := move(ns); err != nil {
 			return -1, err
@@ -125,18 +125,20 @@ func move(ns *os.File) error {
 
 // astray keeps the thread, which is in another namespace than its own, for the calling goroutine.
 func (b *Beginner) astray() {
-	runtime.LockOSThread() // until recover
+	runtime.LockOSThread() // until goHome
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.strays[unix.Gettid()] = struct{}{}
 	b.lost.Store(int32(len(b.strays)))
 }
 
-// recover brings a thread home that could not go back before.
-func (b *Beginner) recover() error {
+// goHome brings a thread home that could not go back before.
+func (b *Beginner) goHome() error {
 	if b.lost.Load() == 0 {
 		return nil
 	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	thread := unix.Gettid()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -146,7 +148,7 @@ func (b *Beginner) recover() error {
 	if err := move(b.home); err != nil {
 		return err
 	}
-	runtime.UnlockOSThread()
+	runtime.UnlockOSThread() // astray's; there is none where the thread has only the number of one that has ended
 	delete(b.strays, thread)
 	b.lost.Store(int32(len(b.strays)))
 	return nil
