@@ -99,6 +99,14 @@ type agent struct {
 // in force.
 func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	a := &agent{cfg: cfg, log: log}
+	lock, err := alone(ctx, cfg.RunDir, log)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	host, err := netns.Open(cfg.HostNetns)
 	if err != nil {
 		return err
