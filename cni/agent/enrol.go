@@ -86,13 +86,14 @@ func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}
-	var waited time.Duration
-	err := func() error {
-		e.starting <- struct{}{}
-		defer func() { <-e.starting }()
-		waited = time.Since(asked)
-		return e.redirect(ctx, &rec, ns, true)
-	}()
+	select {
+	case e.starting <- struct{}{}:
+	case <-ctx.Done(): // the runtime no longer waits: its next request must not wait for this one
+		return fmt.Errorf("wait for the starts of other pods: %w", ctx.Err())
+	}
+	waited := time.Since(asked)
+	err := e.redirect(ctx, &rec, ns, true)
+	<-e.starting
 	if err != nil {
 		return errors.Join(err, e.withdraw(ctx, rec))
 	}

@@ -146,6 +146,14 @@ type pod struct {
 
 func (n *node) pod(name string, last byte, labels string) *pod {
 	n.t.Helper()
+	p := n.sandbox(name, last)
+	n.object(p, labels, true)
+	return p
+}
+
+// sandbox is a pod that Kubernetes is still to tell of.
+func (n *node) sandbox(name string, last byte) *pod {
+	n.t.Helper()
 	p := &pod{name: name, uid: "uid-of-" + name, ip: netip.AddrFrom4([4]byte{10, 79, 0, last}), ns: newNetns(n.t)}
 	err := netns.Do(p.ns, func() error {
 		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "end"}
@@ -161,7 +169,6 @@ func (n *node) pod(name string, last byte, labels string) *pod {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.object(p, labels, true)
 	return p
 }
 
