@@ -68,3 +68,29 @@ func TestRecordsOfOtherReleases(t *testing.T) {
 		t.Errorf("plugins that are there already would not understand it (-want +got):\n%s", d)
 	}
 }
+
+func TestAccessOfOtherReleases(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "access.json")
+	first := `{"Server":"https://10.0.0.1:443","ServerName":"api","CA":"pem","Token":"t"}`
+	want := Access{Server: "https://10.0.0.1:443", ServerName: "api", CA: "pem", Token: "t"}
+	for name, text := range map[string]string{"the first release's": first, "a later one's": first[:len(first)-1] + `,"Later":{"a":[1]}}`} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readAccess(path)
+		if d := cmp.Diff(want, got); d != "" || err != nil {
+			t.Errorf("%s: %v (-want +got):\n%s", name, err, d)
+		}
+	}
+	got, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(first, string(got)); d != "" {
+		t.Errorf("plugins that are there already would not understand it (-want +got):\n%s", d)
+	}
+	var conf Conf
+	if err := json.Unmarshal([]byte(`{"apiAccess":"/access.json"}`), &conf); err != nil || conf.Access != "/access.json" {
+		t.Errorf("the entry that agents write is understood as %+v, %v", conf, err)
+	}
+}
