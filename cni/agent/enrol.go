@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -239,6 +240,12 @@ func (e *enroller) isAcked(uid string) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.acked[uid]
+}
+
+// captured tells whether this agent has taken a pod into the mesh, which had the addresses that it has now; a pod without any
+// is on its way to them.
+func (e *enroller) captured(rec record, ips []netip.Addr) bool {
+	return rec.Redirected && e.isAcked(rec.UID) && !slices.ContainsFunc(ips, func(ip netip.Addr) bool { return !slices.Contains(rec.IPs, ip) })
 }
 
 // holds tells whether a pod is in the mesh, as the records say, the proxy has said, and the kernel has it.

@@ -25,11 +25,12 @@ const (
 	auditEvery = 30 * time.Second
 )
 
-// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID. A pod that is
-// started has just been captured: what the kernel holds need not be asked while others start.
+// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID. When only the
+// object is new, the kernel is not asked whether it still holds what this agent has made: a start changes its pod four times,
+// and that would take longer than to capture it.
 type work struct {
 	key, gone string
-	started   bool
+	object    bool
 }
 
 // watcher follows the pods of the node and all namespaces, and keeps the mesh as their labels want it.
@@ -130,7 +131,9 @@ func (w *watcher) replaced(before, after *corev1.Pod) {
 	if before.UID != after.UID {
 		w.queue.Add(work{gone: string(before.UID)})
 	}
-	w.look(after)
+	if after.Spec.NodeName == w.node {
+		w.queue.Add(work{key: after.Namespace + "/" + after.Name, object: true})
+	}
 }
 
 func (w *watcher) deleted(object any) {
@@ -240,7 +243,7 @@ func (w *watcher) reconcile(ctx context.Context, item work) error {
 	if !ok && (len(rec.IPs) == 0 || pod.DeletionTimestamp != nil) {
 		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
-	held := item.started && known.Redirected || w.enrol.holds(known, pod.Annotations[mirrorAnnotation])
+	held := item.object && w.enrol.captured(known, rec.IPs) || w.enrol.holds(known, pod.Annotations[mirrorAnnotation])
 	if !ok || !sameExclusions(known.Exclude, exclude) || !held {
 		late := !ok && pod.CreationTimestamp.After(w.began)
 		if err := w.enrol.capture(ctx, rec, late, pod.Annotations[mirrorAnnotation]); err != nil {
