@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -17,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -474,68 +472,6 @@ func (l *lab) settle(t *testing.T, ns *os.File, device string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// BenchmarkGuard sends from the proxy's sockets to the world, with the guard and without.
-func BenchmarkGuard(b *testing.B) {
-	for _, guarded := range []bool{true, false} {
-		b.Run(fmt.Sprintf("guarded=%v", guarded), func(b *testing.B) {
-			l := newLab(b, redirect.EBPF)
-			l.ensureFresh(b)
-			if !guarded {
-				l.unguard(b)
-			}
-			var server net.Listener
-			err := netns.Do(l.host, func() (err error) {
-				server, err = net.Listen("tcp", netip.AddrPortFrom(remote4, 80).String())
-				return err
-			})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer server.Close()
-			go func() {
-				if conn, err := server.Accept(); err == nil {
-					io.Copy(io.Discard, conn)
-				}
-			}()
-			conn, err := netns.Dial(b.Context(), l.pod, netns.DialOptions{Mark: netns.ProxyMark}, netip.AddrPortFrom(remote4, 80))
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer conn.Close()
-			stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer stats.Close()
-			buf := make([]byte, 64<<10)
-			b.SetBytes(int64(len(buf)))
-			for b.Loop() {
-				if _, err := conn.Write(buf); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if guarded {
-				b.ReportMetric(l.guardCost(b), "ns/packet")
-			}
-		})
-	}
-}
-
-// guardCost is the guard's time for a packet.
-func (l *lab) guardCost(b *testing.B) float64 {
-	_, guard := l.guardFilter(b)
-	program, err := ebpf.NewProgramFromID(ebpf.ProgramID(guard.Id))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer program.Close()
-	stats, err := program.Stats()
-	if err != nil || stats.RunCount == 0 {
-		b.Fatalf("the guard ran %d times: %v", stats.RunCount, err)
-	}
-	return float64(stats.Runtime.Nanoseconds()) / float64(stats.RunCount)
 }
 
 // A pod that cannot be redirected is known by its cgroup, and has no TCP but on its loopback.
