@@ -12,16 +12,15 @@ import (
 )
 
 const (
-	// idleTime is how long no pod must have started before the agent gives memory back, and lateTime how much later it does so
-	// once more: what a start leads to, as writing annotations and loading programs ahead, takes longer on a busy node.
-	idleTime, lateTime = 5 * time.Second, 30 * time.Second
+	// idleTime is how long no pod must have started, nor all have been looked at, before the agent gives memory back.
+	idleTime = 5 * time.Second
 	// idleGC and busyGC are how much the heap may grow between collections, in percent: the agent is idle most of the time, and
 	// on every node; but while many pods start at once, to collect as often would take a fifth of the time for each.
 	idleGC, busyGC = 50, 200
 )
 
-// trim gives back, when pods have started and no more do, the memory that only that has used: free heap, and the pages of the
-// program's file. The agent has little to do most of the time.
+// trim gives back, when pods have started and no more do, and after each look at all of them, the memory that only that has
+// used: free heap, and the pages of the program's file. The agent has little to do most of the time.
 func (a *agent) trim(ctx context.Context) error {
 	idle := time.NewTimer(idleTime)
 	defer idle.Stop()
@@ -42,10 +41,7 @@ func (a *agent) trim(ctx context.Context) error {
 			busy = true
 			idle.Reset(idleTime)
 		case <-idle.C:
-			if busy {
-				collect(idleGC)
-				idle.Reset(lateTime)
-			}
+			collect(idleGC)
 			busy = false
 			debug.FreeOSMemory()
 			if err := resident.ReleaseProgram(); err != nil {

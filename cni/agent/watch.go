@@ -184,6 +184,7 @@ func (w *watcher) run(ctx context.Context) {
 				return
 			case <-ticker.C:
 				w.lookAtAll("")
+				w.enrol.use()
 			}
 		}
 	})

@@ -37,7 +37,11 @@ const loopback = 1
 
 // ensure makes the rules true.
 func (s space) ensure(rules Rules) error {
-	if err := s.LinkSetUp(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: loopback}}); err != nil {
+	up, err := isUp("lo")
+	if err == nil && !up {
+		err = s.LinkSetUp(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: loopback}})
+	}
+	if err != nil {
 		return fmt.Errorf("set lo up: %w", err)
 	}
 	for _, sysctl := range rules.Sysctls {
@@ -51,6 +55,20 @@ func (s space) ensure(rules Rules) error {
 		}
 	}
 	return s.addRules(rules.Rules)
+}
+
+// isUp asks in the one way that does not wait for changes of other networks on the node.
+func isUp(name string) (bool, error) {
+	request, err := unix.NewIfreq(name)
+	if err != nil {
+		return false, err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, err
+	}
+	err = unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, request)
+	return request.Uint16()&unix.IFF_UP != 0, errors.Join(err, unix.Close(fd))
 }
 
 func (s space) addRules(rules []Rule) error {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -357,6 +358,32 @@ func TestProxyToApplicationKeepsTheClientsAddress(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A network namespace whose lo is down, as no CNI plugin has set it up, gets one that is up: marked packets go over it.
+func TestLoIsSetUp(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode redirect.Mode) {
+		l := newLab(t, mode)
+		up := func() (up bool) {
+			t.Helper()
+			err := netns.Do(l.pod, func() error {
+				lo, err := net.InterfaceByName("lo")
+				up = err == nil && lo.Flags&net.FlagUp != 0
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return up
+		}
+		err := netns.Do(l.pod, func() error { return netlink.LinkSetDown(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: 1}}) })
+		if err != nil || up() {
+			t.Fatalf("control: lo is up: %v", err)
+		}
+		if l.ensure(t, pod4, pod6); !up() {
+			t.Error("lo is down in a pod that is redirected")
+		}
+	})
 }
 
 // In a pod without IPv6 the rules for IPv4 are all that is asked for.
