@@ -43,10 +43,12 @@ type Pool struct {
 // peer is the tunnels of one key.
 type peer struct {
 	tunnels []*pooled
-	dialing *dialing
+	dialing *dialing // the handshake under way that more may wait for; nil when there is none
+	dials   int      // handshakes under way
 }
 
-// dialing is a handshake under way that several Opens wait for.
+// dialing is a handshake under way that several Opens wait for, no more than the tunnel will have room for: a burst of
+// connections does not wait for one handshake after the other.
 type dialing struct {
 	done    chan struct{}
 	waiting int
@@ -240,9 +242,12 @@ func (p *Pool) reserve(ctx context.Context, key Key, dial Dialer) (t *pooled, re
 		if d == nil {
 			d = &dialing{done: make(chan struct{})}
 			e.dialing = d
+			e.dials++
 			go p.dial(context.WithoutCancel(ctx), key, dial, d)
 		}
-		d.waiting++
+		if d.waiting++; d.waiting == p.cfg.MaxStreamsPerTunnel {
+			e.dialing = nil
+		}
 		p.mu.Unlock()
 		select {
 		case <-d.done:
@@ -271,7 +276,10 @@ func (p *Pool) dial(ctx context.Context, key Key, dial Dialer, d *dialing) {
 	t, err := p.handshake(ctx, key, dial)
 	p.mu.Lock()
 	e := p.keys[key]
-	e.dialing = nil
+	e.dials--
+	if e.dialing == d {
+		e.dialing = nil
+	}
 	switch {
 	case err != nil:
 		d.err = err
@@ -314,7 +322,7 @@ func (p *Pool) handshake(ctx context.Context, key Key, dial Dialer) (*pooled, er
 
 // forgetEmpty drops a key that has neither tunnels nor a handshake under way. Pool.mu is held.
 func (p *Pool) forgetEmpty(key Key, e *peer) {
-	if len(e.tunnels) == 0 && e.dialing == nil && p.keys[key] == e {
+	if len(e.tunnels) == 0 && e.dials == 0 && p.keys[key] == e {
 		delete(p.keys, key)
 	}
 }

@@ -181,6 +181,37 @@ func TestStreamsShareATunnel(t *testing.T) {
 	})
 }
 
+// TestBurstMakesTunnelsAtOnce: streams that need several tunnels do not wait for one handshake after the other.
+func TestBurstMakesTunnelsAtOnce(t *testing.T) {
+	drivers(t, func(t *testing.T, client, server Driver) {
+		p := newPair(t, client, server, PoolConfig{MaxStreamsPerTunnel: 2}, nil)
+		var underWay sync.WaitGroup
+		underWay.Add(3)
+		dial := func(ctx context.Context) (net.Conn, *tls.Config, error) {
+			underWay.Done()
+			underWay.Wait()
+			return p.dial(ctx)
+		}
+		opened := make(chan error, 6)
+		for range cap(opened) {
+			go func() {
+				_, err := p.pool.Open(t.Context(), p.key, dial, Request{Authority: "a:1"})
+				opened <- err
+			}()
+		}
+		for range cap(opened) {
+			select {
+			case err := <-opened:
+				if err != nil {
+					t.Error(err)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("the handshakes wait for each other")
+			}
+		}
+	})
+}
+
 func TestIdleTunnelIsReleased(t *testing.T) {
 	drivers(t, func(t *testing.T, client, server Driver) {
 		p := newPair(t, client, server, PoolConfig{IdleTimeout: 20 * time.Millisecond}, nil)
