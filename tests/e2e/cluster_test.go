@@ -66,12 +66,12 @@ func redirection() string { return os.Getenv("FAIRLEAD_REDIRECTION") }
 
 var nodes = []string{"node1", "node2"}
 
-// nodeState is what an uninstall must give back: CNI configuration and binaries, addresses, rules, tables, and pinned BPF
-// objects.
+// nodeState is what an uninstall must give back: CNI configuration and binaries, addresses, rules, tables, pinned BPF objects, and
+// the agent's files.
 func (l *lab) nodeState() (map[string]string, error) {
 	script := `cd /etc/cni/net.d && for f in *; do echo "== $f"; cat "$f"; done; echo; echo "== bin"; ls /opt/cni/bin
 echo "== addresses"; ip -o addr show dev lo | sed 's/ valid_lft.*//'; echo "== rules"; ip rule; ip -6 rule; echo "== bpf"; find /sys/fs/bpf
-echo "== table"; nft list tables | grep fairlead || true`
+echo "== records"; find /var/lib/fairlead-cni -type f 2>/dev/null; echo "== table"; nft list tables | grep fairlead || true`
 	state := map[string]string{}
 	for _, n := range nodes {
 		out, err := l.exec(n, "sh", "-c", script)
