@@ -44,14 +44,11 @@ func (f filters) Has(ifindex int, program *cilium.Program) (bool, error) {
 	return err == nil && slices.ContainsFunc(ours, func(have netlink.Filter) bool { return have.(*netlink.BpfFilter).Id == int(id) }), err
 }
 
-// Remove leaves the queueing discipline when others have filters there.
+// Remove leaves the queueing discipline, which may be of use to others, and does nothing by itself: to remove it, the kernel
+// would take the interface out of service for a moment, and lose what is sent to the pod.
 func (f filters) Remove(ifindex int) error {
-	ours, others, err := f.guardFilters(ifindex)
-	switch {
-	case err != nil:
-	case len(others) == 0 && len(ours) > 0:
-		err = f.host.QdiscDel(clsact(ifindex))
-	case len(ours) > 0:
+	ours, _, err := f.guardFilters(ifindex)
+	if err == nil && len(ours) > 0 {
 		err = f.host.FilterDel(ours[0])
 	}
 	if errors.Is(err, unix.ENODEV) || isAbsent(err) {

@@ -176,6 +176,48 @@ func TestRunningPodGetsALink(t *testing.T) {
 	}
 }
 
+// What others may have come to rely on stays when a pod leaves the mesh, and with it the interface in service.
+func TestEndOfAFilterLeavesTheQueueingDiscipline(t *testing.T) {
+	l := newLab(t, redirect.EBPF)
+	has := func() (qdisc bool, filters int) {
+		t.Helper()
+		err := netns.Do(l.host, func() error {
+			end, err := netlink.LinkByName("pod")
+			if err != nil {
+				return err
+			}
+			qdiscs, err := netlink.QdiscList(end)
+			if err != nil {
+				return err
+			}
+			qdisc = slices.ContainsFunc(qdiscs, func(q netlink.Qdisc) bool { return q.Type() == "clsact" })
+			list, err := netlink.FilterList(end, netlink.HANDLE_MIN_INGRESS)
+			filters = len(list)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return qdisc, filters
+	}
+	l.ensureFresh(t)
+	if qdisc, filters := has(); !qdisc || filters != 1 {
+		t.Fatalf("control: with the guard a queueing discipline %v, %d filters", qdisc, filters)
+	}
+	for range 2 {
+		if err := l.redirector.Remove(l.pod); err != nil {
+			t.Fatal(err)
+		}
+		if qdisc, filters := has(); !qdisc || filters != 0 {
+			t.Errorf("after the pod has left: a queueing discipline %v, %d filters", qdisc, filters)
+		}
+	}
+	l.ensureFresh(t)
+	if qdisc, filters := has(); !qdisc || filters != 1 {
+		t.Errorf("with the guard again: a queueing discipline %v, %d filters", qdisc, filters)
+	}
+}
+
 // Each pod has its own instance of the lookup program, also those that are captured by the agent after, and those that
 // were made before there was a pod.
 func TestPodsOfSeveralAgents(t *testing.T) {
