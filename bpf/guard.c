@@ -91,6 +91,7 @@ struct sock_common {
 struct sock {
 	struct sock_cgroup_data sk_cgrp_data;
 	__u32 sk_max_ack_backlog;
+	__u32 sk_mark;
 } __attribute__((preserve_access_index));
 
 struct inet_sock {
@@ -313,29 +314,35 @@ int guard(struct __sk_buff *skb)
 
 // exempt_open exempts a connection that exists in the network namespace of who reads the iterator, and writes a byte for one
 // that is just being made: it gets its socket later, or is not known to come to be.
-static __always_inline int exempt_open(struct bpf_iter__tcp *ctx, int opening)
+static __always_inline void exempt_open(struct bpf_iter__tcp *ctx, struct sock_common *sk, int opening)
 {
-	struct sock_common *sk = ctx->sk_common;
-	if (!sk)
-		return 0;
 	__u8 state = sk->skc_state;
 	if (state == BPF_TCP_NEW_SYN_RECV || (state == BPF_TCP_SYN_SENT && !opening))
 		bpf_seq_write(ctx->meta->seq, &state, sizeof(state));
 	else if (state != BPF_TCP_LISTEN)
 		bpf_sk_storage_get(&exempt, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	return 0;
 }
 
 // elders is for what is older than the pod's membership.
 SEC("iter/tcp")
 int elders(struct bpf_iter__tcp *ctx)
 {
-	return exempt_open(ctx, 1);
+	struct sock_common *sk = ctx->sk_common;
+	if (sk)
+		exempt_open(ctx, sk, 1);
+	return 0;
 }
 
-// changed is for what is older than a change of the pod's exclusions. What the guard has kept from opening gains nothing by it.
+// changed is for what is older than a change of the pod's exclusions. What the guard has kept from opening gains nothing by it,
+// nor does what is redirected: that has a mark, by connect.c, or as the proxy's connection that it was accepted from.
 SEC("iter/tcp")
 int changed(struct bpf_iter__tcp *ctx)
 {
-	return exempt_open(ctx, 0);
+	struct sock_common *sk = ctx->sk_common;
+	if (!sk)
+		return 0;
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp || tcp->inet_conn.icsk_inet.sk.sk_mark != REDIRECT_MARK)
+		exempt_open(ctx, sk, 0);
+	return 0;
 }

@@ -5,8 +5,10 @@ import (
 	"net/netip"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
+	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
 // TestExclusions: what is left out goes where it would without the mesh, the rest to the proxy, in either way to redirect.
@@ -127,5 +129,71 @@ func TestChangedExclusionsCutNothing(t *testing.T) {
 			open(l.pod, f.at(f.remote, 5432), "outbound")
 			open(l.host, f.at(f.pod, 5432), "plaintext")
 		})
+	}
+}
+
+// TestChangedExclusionsLetNothingOut: a change of a pod's exclusions spares what an exclusion let past the proxy, and not what
+// is redirected: that gets nowhere when the pod takes away the rules that redirect it.
+func TestChangedExclusionsLetNothingOut(t *testing.T) {
+	for _, f := range guarded() {
+		for _, way := range []string{"out", "in"} {
+			t.Run(f.name+", "+way, func(t *testing.T) {
+				l := newLab(t, f.mode)
+				taken := make(chan accepted, 16)
+				pod := l.podOf(pod4, pod6)
+				pod.Exclude = mesh.Exclusions{Out: mesh.Exclusion{Ports: []uint16{5432}}}
+				ensure := func() {
+					t.Helper()
+					if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+						t.Fatal(err)
+					}
+				}
+				ensure()
+				l.proxy(t, taken)
+				moveTo(t, l.makeCgroup(t, "app"))
+				listen(t, "server", l.host, f.at(f.remote, 5432), taken)
+				listen(t, "app", l.pod, f.anyPort(80), taken)
+				spared, err := dialAs(soon(t), 1000, l.pod, f.at(f.remote, 5432))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer spared.Close()
+				server := next(t, taken).conn
+				var redirected *net.TCPConn
+				if way == "out" {
+					redirected, err = dialAs(soon(t), 1000, l.pod, f.at(f.remote, 80))
+				} else { // as the proxy brings what has arrived
+					moveTo(t, l.makeCgroup(t, "proxy"))
+					redirected, err = netns.Dial(soon(t), l.pod,
+						netns.DialOptions{Source: f.at(f.host, 40000), Mark: netns.RedirectMark, Device: "lo", Transparent: true}, f.at(f.pod, 80))
+					moveTo(t, l.makeCgroup(t, "app"))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer redirected.Close()
+				a := next(t, taken)
+				if want := map[string]string{"out": "outbound", "in": "app"}[way]; a.by != want {
+					t.Fatalf("taken by %s, want %s", a.by, want)
+				}
+				if way == "in" {
+					redirected = a.conn
+				}
+
+				pod.Exclude = mesh.Exclusions{}
+				ensure()
+				removeRules(t, l)
+				exchange(t, spared, server)
+				before := l.dropped(t)
+				if _, err := redirected.Write([]byte("over")); err != nil {
+					t.Fatal(err)
+				}
+				for end := time.Now().Add(20 * time.Second); l.dropped(t) == before; time.Sleep(10 * time.Millisecond) {
+					if time.Now().After(end) {
+						t.Fatal("what was redirected left the pod")
+					}
+				}
+			})
+		}
 	}
 }
