@@ -46,7 +46,7 @@ func (a *agent) followAttempts(ctx context.Context) error {
 			continue
 		}
 		a.log.Warn("a pod's TCP went round the node proxy and was dropped", zap.String("pod", rec.pod()), zap.Stringer("to", attempt.To))
-		a.watch.queue.Add(work{key: rec.pod()})
+		a.watch.doubt(rec.pod())
 		if time.Since(told[rec.UID]) > attemptQuiet {
 			told[rec.UID] = time.Now()
 			a.watch.tellAttempt(ctx, rec, attempt)

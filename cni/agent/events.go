@@ -114,7 +114,7 @@ func (e *events) add(ctx context.Context, event plugin.Event) (plugin.Answer, er
 		// Of the mesh in any case: nobody else need be asked.
 		return plugin.Answer{}, refusal{http.StatusInternalServerError, err}
 	}
-	e.watch.queue.Add(work{key: rec.pod(), object: true}) // for the annotation
+	e.watch.queue.Add(work{key: rec.pod()}) // for the annotation
 	return plugin.Answer{Redirected: true, Reason: decided.Why}, nil
 }
 

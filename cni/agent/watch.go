@@ -25,12 +25,10 @@ const (
 	auditEvery = 30 * time.Second
 )
 
-// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID. When only the
-// object is new, the kernel is not asked whether it still holds what this agent has made: a start changes its pod four times,
-// and that would take longer than to capture it.
+// work is one thing to do: look at the pod called key again, or, when gone is set, forget the pod with that UID. The queue gives
+// equal work to one worker at a time, so that nothing else may be in it.
 type work struct {
 	key, gone string
-	object    bool
 }
 
 // watcher follows the pods of the node and all namespaces, and keeps the mesh as their labels want it.
@@ -51,7 +49,10 @@ type watcher struct {
 	namespaces cache.Store
 	informers  []cache.Controller
 
-	mu         sync.Mutex
+	mu sync.Mutex
+	// doubted are the keys of queued pods of which the kernel is to be asked whether it still holds what this agent has made. It
+	// is not when only the object is new: a start changes its pod four times, and that would take longer than to capture it.
+	doubted    map[string]bool
 	warned     map[string]string // the last warning on each pod, by UID
 	complaints map[string]string // the last complaint of each pod's annotations, by UID
 }
@@ -59,7 +60,7 @@ type watcher struct {
 func newWatcher(log *zap.Logger, c cluster, e *enroller, cfg Config) *watcher {
 	w := &watcher{
 		log: log, cluster: c, enrol: e, node: cfg.NodeName, exclude: cfg.ExcludeNamespaces, captureDNS: cfg.CaptureDNS,
-		began: time.Now(), warned: map[string]string{}, complaints: map[string]string{},
+		began: time.Now(), doubted: map[string]bool{}, warned: map[string]string{}, complaints: map[string]string{},
 	}
 	w.queue = workqueue.NewTypedRateLimitingQueue(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[work](200*time.Millisecond, 30*time.Second))
@@ -123,8 +124,29 @@ func trimMeta(m metav1.ObjectMeta) metav1.ObjectMeta {
 
 func (w *watcher) look(pod *corev1.Pod) {
 	if pod.Spec.NodeName == w.node {
-		w.queue.Add(work{key: pod.Namespace + "/" + pod.Name})
+		w.doubt(pod.Namespace + "/" + pod.Name)
 	}
+}
+
+// doubt looks at a pod, and at what the kernel has of it.
+func (w *watcher) doubt(key string) {
+	w.setDoubt(key)
+	w.queue.Add(work{key: key})
+}
+
+func (w *watcher) setDoubt(key string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.doubted[key] = true
+}
+
+// doubts takes what setDoubt has set.
+func (w *watcher) doubts(key string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	doubted := w.doubted[key]
+	delete(w.doubted, key)
+	return doubted
 }
 
 func (w *watcher) replaced(before, after *corev1.Pod) {
@@ -132,7 +154,7 @@ func (w *watcher) replaced(before, after *corev1.Pod) {
 		w.queue.Add(work{gone: string(before.UID)})
 	}
 	if after.Spec.NodeName == w.node {
-		w.queue.Add(work{key: after.Namespace + "/" + after.Name, object: true})
+		w.queue.Add(work{key: after.Namespace + "/" + after.Name})
 	}
 }
 
@@ -198,25 +220,29 @@ func (w *watcher) next(ctx context.Context) bool {
 	}
 	defer w.queue.Done(item)
 	var err error
+	doubted := w.doubts(item.key)
 	if item.gone != "" {
 		w.forgetWarning(item.gone)
 		w.forgetComplaint(item.gone)
 		err = w.enrol.forget(ctx, item.gone, "")
 	} else {
-		err = w.reconcile(ctx, item)
+		err = w.reconcile(ctx, item.key, doubted)
 	}
 	if err == nil || ctx.Err() != nil {
 		w.queue.Forget(item)
 		return true
 	}
 	w.log.Warn("pod is not as it should be, will try again", zap.String("pod", item.key+item.gone), zap.Error(err))
+	if doubted {
+		w.setDoubt(item.key)
+	}
 	w.queue.AddRateLimited(item)
 	return true
 }
 
-// reconcile makes one pod's part in the mesh what it is to be.
-func (w *watcher) reconcile(ctx context.Context, item work) error {
-	object, ok, err := w.pods.GetByKey(item.key)
+// reconcile makes one pod's part in the mesh what it is to be. With doubted set, the kernel is asked what it holds.
+func (w *watcher) reconcile(ctx context.Context, key string, doubted bool) error {
+	object, ok, err := w.pods.GetByKey(key)
 	if err != nil || !ok {
 		return err
 	}
@@ -244,7 +270,7 @@ func (w *watcher) reconcile(ctx context.Context, item work) error {
 	if !ok && (len(rec.IPs) == 0 || pod.DeletionTimestamp != nil) {
 		return nil // its sandbox is still to be made, and then the plugin asks; or it is gone
 	}
-	held := item.object && w.enrol.captured(known, rec.IPs) || w.enrol.holds(known, pod.Annotations[mirrorAnnotation])
+	held := !doubted && w.enrol.captured(known, rec.IPs) || w.enrol.holds(known, pod.Annotations[mirrorAnnotation])
 	if !ok || !sameExclusions(known.Exclude, exclude) || !held {
 		late := !ok && pod.CreationTimestamp.After(w.began)
 		if err := w.enrol.capture(ctx, rec, late, pod.Annotations[mirrorAnnotation]); err != nil {
