@@ -24,6 +24,9 @@ func alone(ctx context.Context, runDir string, log *zap.Logger) (*os.File, error
 	if err != nil {
 		return nil, fmt.Errorf("open the run directory: %w", err)
 	}
+	if err := dir.Chmod(0o700); err != nil { // the kubelet makes directories that it mounts for all to read
+		return nil, errors.Join(fmt.Errorf("close the run directory to others: %w", err), dir.Close())
+	}
 	told := false
 	for {
 		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"os"
 	"testing"
 
 	"go.uber.org/zap"
@@ -59,5 +60,25 @@ func TestAgentsTakeTurns(t *testing.T) {
 		if err := end(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A run directory that was made for all to read, as the kubelet's are, is the agent's alone.
+func TestRunDirectoryIsClosedToOthers(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := alone(t.Context(), dir, zap.NewNop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	info, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Mode().Perm() != 0o700 {
+		t.Errorf("mode %v", info.Mode())
 	}
 }
