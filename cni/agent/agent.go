@@ -184,7 +184,7 @@ func newEnroller(cfg Config, log *zap.Logger, redirector *redirect.Redirector, h
 		finder:     finder{proc: cfg.Proc, dir: cfg.NetnsDir, host: cookie},
 		steps:      cfg.Steps,
 		ackTimeout: cfg.AckTimeout, turns: map[string]*turn{}, acked: map[string]bool{}, starting: make(chan struct{}, goruntime.GOMAXPROCS(0)),
-		used: make(chan struct{}, 1),
+		used: make(chan struct{}, 1), looked: make(chan struct{}, 1),
 	}, nil
 }
 

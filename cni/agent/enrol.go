@@ -33,8 +33,8 @@ type enroller struct {
 	// starting has a place for each pod that is redirected at its start at the same time: more than there are processors would
 	// only wait for each other half-way.
 	starting chan struct{}
-	// used wakes trim.
-	used chan struct{}
+	// used and looked wake trim.
+	used, looked chan struct{}
 	// unguarded is done once it is told that there is no guard.
 	unguarded sync.Once
 

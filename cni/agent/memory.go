@@ -40,6 +40,8 @@ func (a *agent) trim(ctx context.Context) error {
 			}
 			busy = true
 			idle.Reset(idleTime)
+		case <-a.enrol.looked:
+			idle.Reset(idleTime)
 		case <-idle.C:
 			collect(idleGC)
 			busy = false
@@ -51,10 +53,15 @@ func (a *agent) trim(ctx context.Context) error {
 	}
 }
 
-// use keeps trim waiting.
-func (e *enroller) use() {
+// use tells trim that a pod starts.
+func (e *enroller) use() { wake(e.used) }
+
+// look tells trim that all pods are looked at.
+func (e *enroller) look() { wake(e.looked) }
+
+func wake(who chan struct{}) {
 	select {
-	case e.used <- struct{}{}:
+	case who <- struct{}{}:
 	default:
 	}
 }

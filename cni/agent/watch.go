@@ -206,7 +206,7 @@ func (w *watcher) run(ctx context.Context) {
 				return
 			case <-ticker.C:
 				w.lookAtAll("")
-				w.enrol.use()
+				w.enrol.look()
 			}
 		}
 	})

@@ -45,9 +45,9 @@ type captures struct {
 	Own, Captured, Answered []time.Duration
 	// CPU is the agent's processor time for a pod.
 	CPU time.Duration
-	// Resident, Anonymous and Idle are memory in bytes: with all pods captured, without what is mapped from files, and before
-	// there was a pod.
-	Resident, Anonymous, Idle int
+	// Resident, Anonymous, Most and Idle are memory in bytes: with all pods captured, mostly, without what is mapped from files,
+	// and for a moment; and before there was a pod.
+	Resident, Anonymous, Most, Idle int
 }
 
 // node is a cni-agent and the pods that it is to capture.
@@ -97,12 +97,30 @@ func (w *world) capture(ctx context.Context, binary string, rounds int) (c captu
 	if _, err := n.each(ctx, n.pods[startingPods:], plugin.AddPath); err != nil {
 		return c, err
 	}
-	time.Sleep(7 * time.Second) // the agent gives memory back when it has been idle for 5
+	return c, n.atRest(&c)
+}
+
+// atRest reads the agent's memory, once a second for a while: it gives memory back when it has been idle for 5 seconds, and each
+// 30 seconds it looks at all pods.
+func (n *node) atRest(c *captures) error {
+	time.Sleep(7 * time.Second)
 	if _, err := n.settled(); err != nil {
-		return c, err
+		return err
 	}
-	c.Resident, c.Anonymous, err = n.memory()
-	return c, err
+	var resident, anonymous []int
+	for range 32 {
+		all, some, err := n.memory()
+		if err != nil {
+			return err
+		}
+		resident, anonymous = append(resident, all), append(anonymous, some)
+		time.Sleep(time.Second)
+	}
+	slices.Sort(resident)
+	slices.Sort(anonymous)
+	middle := len(resident) / 2
+	c.Resident, c.Anonymous, c.Most = resident[middle], anonymous[middle], resident[len(resident)-1]
+	return nil
 }
 
 // open makes the pods, without capturing them, and starts the agent and a proxy.
@@ -293,9 +311,10 @@ func (c captures) report(to io.Writer) error {
 	fmt.Fprintf(table, "captured, with the wait for those before\t%v\t%v\t\n", at(captured, 50), at(captured, 99))
 	fmt.Fprintf(table, "answered, with the proxy's word\t%v\t%v\t\n", at(answered, 50), at(answered, 99))
 	fmt.Fprintf(table, "the agent's CPU for one\t%v\t\t\n", rounded(float64(c.CPU)))
-	fmt.Fprintf(table, "\nthe agent's memory\tresident\tof that not from files\tgoal: resident\n")
-	fmt.Fprintf(table, "no pod\t%s\t\t\n", mib(c.Idle))
-	fmt.Fprintf(table, "%d pods captured\t%s\t%s\t%s, %s\n", fullNode, mib(c.Resident), mib(c.Anonymous), mib(memoryGoal), reached(c.Resident <= memoryGoal))
+	fmt.Fprintf(table, "\nthe agent's memory\tresident\tof that not from files\tat most\tgoal: resident\n")
+	fmt.Fprintf(table, "no pod, just started\t%s\t\t\t\n", mib(c.Idle))
+	fmt.Fprintf(table, "%d pods captured\t%s\t%s\t%s\t%s, %s\n", fullNode, mib(c.Resident), mib(c.Anonymous), mib(c.Most), mib(memoryGoal),
+		reached(c.Resident <= memoryGoal))
 	return table.Flush()
 }
 
