@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -160,26 +159,30 @@ func TestConnectsDuringAgentUpgrades(t *testing.T) {
 			for n, p := range ends {
 				n.KillAgent()
 				f.must(n.StartAgent(f.ctx))
-				port := fmt.Sprint(20000 + round)
-				f.must(p.Annotate(map[string]string{"traffic.sidecar.istio.io/excludeOutboundPorts": port, "traffic.sidecar.istio.io/excludeInboundPorts": port}))
+				port := uint16(20000 + round)
+				if excluded, err := n.Excludes(p, port); err != nil || excluded {
+					t.Fatalf("control: port %d is excluded before it was asked for: %v, %v", port, excluded, err)
+				}
+				text := fmt.Sprint(port)
+				f.must(p.Annotate(map[string]string{"traffic.sidecar.istio.io/excludeOutboundPorts": text, "traffic.sidecar.istio.io/excludeInboundPorts": text}))
 				f.awaitExclusion(n, p, port)
 			}
 		})
 	}
 }
 
-// awaitExclusion waits until an agent redirects a pod anew, with another exclusion.
-func (f *fixture) awaitExclusion(n *lab.Node, p *lab.Pod, port string) {
+// awaitExclusion waits until an agent has redirected a pod anew, with that exclusion in the place of another.
+func (f *fixture) awaitExclusion(n *lab.Node, p *lab.Pod, port uint16) {
 	f.t.Helper()
 	for {
-		record, err := n.AgentRecord(p)
+		excluded, err := n.Excludes(p, port)
 		f.must(err)
-		if strings.Contains(record, port) {
+		if excluded {
 			return
 		}
 		select {
 		case <-f.ctx.Done():
-			f.t.Fatalf("the agent of %s does not exclude port %s of %s: %s", n.Name, port, p.Name, record)
+			f.t.Fatalf("the agent of %s does not exclude port %d of %s", n.Name, port, p.Name)
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

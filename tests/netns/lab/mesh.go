@@ -192,16 +192,6 @@ func (n *Node) HasRecord(namespace string) error {
 	return err
 }
 
-// AgentRecord is what the node's agent has noted of a pod of its, as JSON.
-func (n *Node) AgentRecord(p *Pod) (text string, err error) {
-	err = n.thread.do(func() error {
-		read, err := os.ReadFile(filepath.Join("/run/istio-cni/pods", p.UID+".json"))
-		text = string(read)
-		return err
-	})
-	return text, err
-}
-
 // HasPlugin tells whether the mesh's plugin is in the node's CNI configuration.
 func (n *Node) HasPlugin() error {
 	files, err := n.CNIFiles()
