@@ -14,34 +14,39 @@ import (
 // TestExclusionsOfEachKind: what is left out goes straight, also past the guard; the proxy takes the rest.
 func TestExclusionsOfEachKind(t *testing.T) {
 	for _, f := range families {
-		t.Run(f.name, func(t *testing.T) { exclusionsOfEachKind(t, f) })
+		t.Run(f.name, func(t *testing.T) {
+			l := newLab(t, f.mode)
+			taken := make(chan accepted, 16)
+			listen(t, "server", l.host, f.at(f.remote, 80), taken)
+			listen(t, "server", l.host, f.at(f.remote, 81), taken)
+			listen(t, "server", l.host, f.at(f.host, 80), taken)
+			listen(t, "app", l.pod, f.anyPort(8080), taken)
+			listen(t, "app", l.pod, f.anyPort(8081), taken)
+			l.ensure(t, pod4, pod6)
+			l.proxy(t, taken)
+			for _, k := range kindsOfExclusion(f) {
+				t.Run(k.name, func(t *testing.T) { k.take(t, l, f, taken) })
+			}
+		})
 	}
 }
 
-func exclusionsOfEachKind(t *testing.T, f family) {
-	l := newLab(t, f.mode)
-	taken := make(chan accepted, 16)
-	listen(t, "server", l.host, f.at(f.remote, 80), taken)
-	listen(t, "server", l.host, f.at(f.remote, 81), taken)
-	listen(t, "server", l.host, f.at(f.host, 80), taken)
-	listen(t, "app", l.pod, f.anyPort(8080), taken)
-	listen(t, "app", l.pod, f.anyPort(8081), taken)
-	l.ensure(t, pod4, pod6)
-	l.proxy(t, taken)
+// kindOfExclusion is one, and who then takes what the pod opens to remote:80, remote:81 and host:80, and what arrives from the
+// host for the pod's ports 8080, 8081 and 15008.
+type kindOfExclusion struct {
+	name    string
+	exclude mesh.Exclusions
+	want    [6]string
+}
 
+func kindsOfExclusion(f family) []kindOfExclusion {
 	whole := func(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
 	everything, around := netip.PrefixFrom(f.host, 0).Masked(), netip.PrefixFrom(f.remote, 24).Masked()
 	if f.remote.Is6() {
 		around = netip.PrefixFrom(f.remote, 48).Masked() // without the host, as the other
 	}
 	const outbound, server, app, plaintext, hbone = "outbound", "server", "app", "plaintext", "hbone"
-	for _, tc := range []struct {
-		name    string
-		exclude mesh.Exclusions
-		// who takes what the pod opens to remote:80, remote:81 and host:80, and what arrives from the host for the pod's
-		// ports 8080, 8081 and 15008
-		want [6]string
-	}{
+	return []kindOfExclusion{
 		{"nothing", mesh.Exclusions{}, [6]string{outbound, outbound, outbound, plaintext, plaintext, hbone}},
 		{"a port out", mesh.Exclusions{Out: mesh.Exclusion{Ports: []uint16{81}}},
 			[6]string{outbound, server, outbound, plaintext, plaintext, hbone}},
@@ -81,43 +86,44 @@ func exclusionsOfEachKind(t *testing.T, f family) {
 		{"an interface that is not there", mesh.Exclusions{Interfaces: []string{"net9"}},
 			[6]string{outbound, outbound, outbound, plaintext, plaintext, hbone}},
 		{"nothing again", mesh.Exclusions{}, [6]string{outbound, outbound, outbound, plaintext, plaintext, hbone}},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			pod := l.podOf(pod4, pod6)
-			pod.Exclude = tc.exclude
-			if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
-				t.Fatal(err)
-			}
-			if held, err := l.redirector.Holds(pod); err != nil || !held {
-				t.Errorf("held: %v %v", held, err)
-			}
-			if !tc.exclude.IsZero() {
-				if held, err := l.redirector.Holds(l.podOf(pod4, pod6)); err != nil || held {
-					t.Errorf("held without the exclusion: %v %v", held, err)
-				}
-			}
-			for i, dst := range []netip.AddrPort{f.at(f.remote, 80), f.at(f.remote, 81), f.at(f.host, 80),
-				f.at(f.pod, 8080), f.at(f.pod, 8081), f.at(f.pod, 15008)} {
-				from := l.pod
-				if i > 2 {
-					from = l.host
-				}
-				conn, err := dialAs(soon(t), 1000, from, dst)
-				if err != nil {
-					t.Errorf("to %s: %v", dst, err)
-					continue
-				}
-				a := next(t, taken)
-				if a.by != tc.want[i] {
-					t.Errorf("to %s: taken by %s, want %s", dst, a.by, tc.want[i])
-				} else {
-					exchange(t, conn, a.conn)
-					exchange(t, a.conn, conn)
-				}
-				conn.Close()
-				a.conn.Close()
-			}
-		})
+	}
+}
+
+// take wants the pod's exclusion to be held, and everything to be taken by whom it says.
+func (k kindOfExclusion) take(t *testing.T, l *lab, f family, taken <-chan accepted) {
+	pod := l.podOf(pod4, pod6)
+	pod.Exclude = k.exclude
+	if _, err := l.redirector.Ensure(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	if held, err := l.redirector.Holds(pod); err != nil || !held {
+		t.Errorf("held: %v %v", held, err)
+	}
+	if !k.exclude.IsZero() {
+		if held, err := l.redirector.Holds(l.podOf(pod4, pod6)); err != nil || held {
+			t.Errorf("held without the exclusion: %v %v", held, err)
+		}
+	}
+	for i, dst := range []netip.AddrPort{f.at(f.remote, 80), f.at(f.remote, 81), f.at(f.host, 80),
+		f.at(f.pod, 8080), f.at(f.pod, 8081), f.at(f.pod, 15008)} {
+		from := l.pod
+		if i > 2 {
+			from = l.host
+		}
+		conn, err := dialAs(soon(t), 1000, from, dst)
+		if err != nil {
+			t.Errorf("to %s: %v", dst, err)
+			continue
+		}
+		a := next(t, taken)
+		if a.by != k.want[i] {
+			t.Errorf("to %s: taken by %s, want %s", dst, a.by, k.want[i])
+		} else {
+			exchange(t, conn, a.conn)
+			exchange(t, a.conn, conn)
+		}
+		conn.Close()
+		a.conn.Close()
 	}
 }
 
