@@ -84,6 +84,9 @@ func (e *enroller) start(ctx context.Context, rec record, ns *os.File) error {
 	defer e.take(rec.UID)()
 	defer e.use()
 	e.at("start: asked")
+	if err := ctx.Err(); err != nil { // since the runtime gave up, the pod may have been given a newer sandbox
+		return fmt.Errorf("wait for the pod's turn: %w", err)
+	}
 	if err := e.leaveOldSandbox(rec); err != nil {
 		return err
 	}

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -9,6 +11,8 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+
+	"go.uber.org/zap"
 
 	"github.com/fairlead-mesh/fairlead/cni/plugin"
 )
@@ -67,5 +71,33 @@ func TestStartThatNobodyWaitsFor(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(n.cfg.RunDir, "pods", last.uid+".json")); err == nil {
 		t.Error("the last pod has a record")
+	}
+}
+
+// One that gets its turn too late does not touch what has become of the pod meanwhile.
+func TestStartAfterItWasGivenUp(t *testing.T) {
+	recs, _, err := openRecords(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := record{UID: "u", ContainerID: "newer", Cookie: 2}
+	if err := recs.put(newer); err != nil {
+		t.Fatal(err)
+	}
+	e := &enroller{log: zap.NewNop(), records: recs, turns: map[string]*turn{}, starting: make(chan struct{}, 1), used: make(chan struct{}, 1)}
+	e.steps = func(step string) {
+		if step != "start: asked" {
+			t.Fatalf("it came to %q", step)
+		}
+	}
+	ctx, giveUp := context.WithCancel(t.Context())
+	giveUp()
+	for range 20 { // there is a place for it, too
+		if err := e.start(ctx, record{UID: "u", ContainerID: "older", Cookie: 1}, nil); !errors.Is(err, context.Canceled) {
+			t.Errorf("start: %v", err)
+		}
+	}
+	if got, _ := recs.get("u"); got.ContainerID != "newer" {
+		t.Errorf("the pod's record is of its sandbox %s", got.ContainerID)
 	}
 }
