@@ -10,7 +10,7 @@
 // 2. Answers to the kubelet's probes pass.
 // 3. What the pod's exclusions leave alone passes, and the answers to it.
 // 4. All else must be of a connection that the proxy has in the pod's network namespace, or one that is older than the
-//    pod's membership or exempt by connect.c.
+//    pod's membership or than its exclusions (elders and changed below).
 // 5. The rest is dropped, counted, and told to the agent, at most once a second for each pod.
 //
 // Next: cni/agent/attempts.go
