@@ -41,7 +41,7 @@ type wired struct {
 
 func newWired(t *testing.T) *wired {
 	t.Helper()
-	w := &wired{host: newNetns(t), pod: Pod{Cookie: 7, UID: "u", IPs: []netip.Addr{netip.MustParseAddr("10.1.2.3")}}}
+	w := &wired{host: testenv.Netns(t), pod: Pod{Cookie: 7, UID: "u", IPs: []netip.Addr{netip.MustParseAddr("10.1.2.3")}}}
 	w.Node = openNode(t, &w.filters)
 	err := netns.Do(w.host, func() error {
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pod"}, PeerName: "eth0"}); err != nil {
@@ -86,16 +86,6 @@ func openNode(t *testing.T, filters Filters) *Node {
 	t.Cleanup(func() { n.Close() })
 	testenv.Require(t, n.unguarded == nil, "a kernel that can run the guard")
 	return n
-}
-
-func newNetns(t *testing.T) *os.File {
-	t.Helper()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	return ns
 }
 
 // ensure guards the pod's wire, and wants it to be held.

@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // numbers are those that instances have, in the kernel and in the process, by the cookie they are for.
@@ -56,7 +58,7 @@ func TestFailedAttachGivesItsNumberBack(t *testing.T) {
 	}
 	expect("after three failures")
 	good := Pod{Cookie: 8, UID: "good", IPs: bad.IPs}
-	ns := newNetns(t)
+	ns := testenv.Netns(t)
 	for range 2 {
 		if err := n.EnsurePod(ns, good); err != nil {
 			t.Fatal(err)

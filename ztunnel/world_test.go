@@ -80,7 +80,7 @@ func newWorld(t *testing.T) *world {
 	testenv.RequireBPF(t)
 	root, err := bpf.FindCgroup2("/proc/self/mounts")
 	testenv.Require(t, err == nil, "a cgroup2 mount")
-	w := &world{t: t, fabric: newNetns(t), bpffs: filepath.Join(t.TempDir(), "bpf")}
+	w := &world{t: t, fabric: testenv.Netns(t), bpffs: filepath.Join(t.TempDir(), "bpf")}
 	w.must(netns.Do(w.fabric, func() error {
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "fabric"}}); err != nil {
 			return err
@@ -145,16 +145,6 @@ func enterCgroup(t *testing.T, root, cgroup string) {
 	})
 }
 
-func newNetns(t *testing.T) *os.File {
-	t.Helper()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	return ns
-}
-
 // configure brings a device and lo of the current namespace up, with its addresses.
 func configure(device, ip4, ip6 string) error {
 	if err := os.WriteFile("/proc/sys/net/ipv6/conf/all/accept_dad", []byte("0"), 0); err != nil {
@@ -185,7 +175,7 @@ func configure(device, ip4, ip6 string) error {
 // pod makes a pod's network, without redirection.
 func (w *world) pod(name string, number int) *pod {
 	w.t.Helper()
-	p := &pod{name: name, ns: newNetns(w.t)}
+	p := &pod{name: name, ns: testenv.Netns(w.t)}
 	ip4, ip6 := fmt.Sprintf("10.79.0.%d", number), fmt.Sprintf("fd79::%d", number)
 	p.ip4, p.ip6 = netip.MustParseAddr(ip4), netip.MustParseAddr(ip6)
 	w.must(netns.Do(w.fabric, func() error {

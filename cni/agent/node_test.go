@@ -51,7 +51,7 @@ func newNode(t *testing.T) *node {
 		EventSocket: filepath.Join(dir, "run", "event.sock"), ZDSSocket: filepath.Join(dir, "run", "zds.sock"),
 		RunDir: filepath.Join(dir, "run"), BPFFS: filepath.Join(dir, "bpf"),
 		Cgroup: filepath.Join(root, fmt.Sprintf("fairlead-agent-test-%d", os.Getpid())),
-		Proc:   "/proc", NetnsDir: filepath.Join(dir, "netns"), HostNetns: nsPath(newNetns(t)),
+		Proc:   "/proc", NetnsDir: filepath.Join(dir, "netns"), HostNetns: nsPath(testenv.Netns(t)),
 		HealthAddr: "127.0.0.1:0", MetricsAddr: "127.0.0.1:0", ExcludeNamespaces: []string{"istio-system"},
 		AckTimeout: 2 * time.Second,
 	}}
@@ -154,7 +154,7 @@ func (n *node) pod(name string, last byte, labels string) *pod {
 // sandbox is a pod that Kubernetes is still to tell of.
 func (n *node) sandbox(name string, last byte) *pod {
 	n.t.Helper()
-	p := &pod{name: name, uid: "uid-of-" + name, ip: netip.AddrFrom4([4]byte{10, 79, 0, last}), ns: newNetns(n.t)}
+	p := &pod{name: name, uid: "uid-of-" + name, ip: netip.AddrFrom4([4]byte{10, 79, 0, last}), ns: testenv.Netns(n.t)}
 	err := netns.Do(p.ns, func() error {
 		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "end"}
 		if err := netlink.LinkAdd(link); err != nil {
@@ -412,13 +412,3 @@ func (p *proxy) workload(uid string) (zds.Workload, bool) {
 }
 
 func nsPath(ns *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd()) }
-
-func newNetns(t *testing.T) *os.File {
-	t.Helper()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	return ns
-}

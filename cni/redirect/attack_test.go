@@ -14,6 +14,7 @@ import (
 
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // unguard takes the guard off the pod, for controls, and returns how to put it back.
@@ -200,7 +201,7 @@ func removeRules(t *testing.T, l *lab) *os.File {
 
 func moveInterface(t *testing.T, l *lab) *os.File {
 	t.Helper()
-	own := newNetns(t)
+	own := testenv.Netns(t)
 	err := netns.Do(l.pod, func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -217,7 +218,7 @@ func moveInterface(t *testing.T, l *lab) *os.File {
 
 func macvlan(t *testing.T, l *lab) *os.File {
 	t.Helper()
-	own := newNetns(t)
+	own := testenv.Netns(t)
 	err := netns.Do(l.pod, func() error {
 		parent, err := netlink.LinkByName("eth0")
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // TestExclusionsOfEachKind: what is left out goes straight, also past the guard; the proxy takes the rest.
@@ -130,7 +131,7 @@ func (k kindOfExclusion) take(t *testing.T, l *lab, f family, taken <-chan accep
 // TestExcludedInterfaceAmongOthers: only what is reached through it is left out.
 func TestExcludedInterfaceAmongOthers(t *testing.T) {
 	l := newLab(t, redirect.EBPF)
-	far := newNetns(t)
+	far := testenv.Netns(t)
 	if err := netns.Do(far, func() error {
 		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far"}, PeerName: "net1", PeerNamespace: netlink.NsFd(int(l.pod.Fd()))}
 		if err := netlink.LinkAdd(veth); err != nil {

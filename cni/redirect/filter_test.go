@@ -15,6 +15,7 @@ import (
 
 	"github.com/fairlead-mesh/fairlead/cni/redirect"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // passing is a program of somebody else's that ends the way through an interface's programs: what it passes, no filter
@@ -233,7 +234,7 @@ func TestPodsOfSeveralAgents(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		stocked := make(chan error, 1)
 		go func() { stocked <- r.Stock(ctx) }()
-		other := newNetns(t)
+		other := testenv.Netns(t)
 		// Nobody listens in that pod: what it had of the first pod's instance would be taken there.
 		pod := redirect.Pod{UID: "other", Netns: other, IPs: l.podOf(pod4).IPs}
 		if err := netns.Do(other, func() error { return configure("lo", nil, []string{pod4.String() + "/32"}, nil) }); err != nil {

@@ -43,14 +43,14 @@ type lab struct {
 
 func newLab(t testing.TB, mode redirect.Mode) *lab {
 	t.Helper()
-	return newLabOf(t, mode, newNetns(t))
+	return newLabOf(t, mode, testenv.Netns(t))
 }
 
 // newLabOf is a lab whose pod has that network namespace.
 func newLabOf(t testing.TB, mode redirect.Mode, pod *os.File) *lab {
 	t.Helper()
 	testenv.RequireBPF(t)
-	l := &lab{host: newNetns(t), pod: pod}
+	l := &lab{host: testenv.Netns(t), pod: pod}
 	connectNetns(t, l.host, l.pod)
 	root, err := bpf.FindCgroup2("/proc/self/mounts")
 	testenv.Require(t, err == nil, "a cgroup2 mount")
@@ -108,16 +108,6 @@ func moveTo(t testing.TB, cgroup string) string {
 	}
 	writeFile(t, filepath.Join(cgroup, "cgroup.procs"), strconv.Itoa(os.Getpid()))
 	return home
-}
-
-func newNetns(t testing.TB) *os.File {
-	t.Helper()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	return ns
 }
 
 // connectNetns joins host and pod as a routed veth does in a cluster.

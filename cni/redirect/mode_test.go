@@ -39,7 +39,7 @@ func TestAutoFallsBack(t *testing.T) {
 		{"no cgroup2", t.TempDir(), redirect.NFTables},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			cfg := redirect.Config{Mode: redirect.Auto, BPFFS: t.TempDir() + "/bpf", Cgroup: tc.cgroup, HostNetns: newNetns(t)}
+			cfg := redirect.Config{Mode: redirect.Auto, BPFFS: t.TempDir() + "/bpf", Cgroup: tc.cgroup, HostNetns: testenv.Netns(t)}
 			t.Cleanup(func() {
 				if err := redirect.Uninstall(cfg); err != nil {
 					t.Error(err)

@@ -23,12 +23,8 @@ import (
 func newNetns(t *testing.T) *os.File {
 	t.Helper()
 	testenv.RequireRoot(t)
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ns.Close() })
-	err = netns.Do(ns, func() error {
+	ns := testenv.Netns(t)
+	err := netns.Do(ns, func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err

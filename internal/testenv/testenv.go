@@ -16,6 +16,8 @@ import (
 	"github.com/cilium/ebpf/features"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
 // Require skips (or, where everything is required, fails) the test unless ok; what names the missing thing.
@@ -52,6 +54,17 @@ func RequireEnv(t testing.TB, name, what string) string {
 		t.Skipf("%s is not set: it names %s", name, what)
 	}
 	return v
+}
+
+// Netns makes a network namespace, with nothing but a lo that is down, until the test ends.
+func Netns(t testing.TB) *os.File {
+	t.Helper()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ns.Close() })
+	return ns
 }
 
 // FreeAddr is an address and port on loopback that nobody listens on, for a program that is told where to listen. The address is
