@@ -2,7 +2,6 @@ package ztunnel
 
 import (
 	"context"
-	"runtime/debug"
 	"time"
 
 	"go.uber.org/zap"
@@ -40,8 +39,7 @@ func (p *Proxy) trim(ctx context.Context) error {
 		moves, live := p.connections.moved()
 		if overdue(moves-before, moves-given, live) {
 			given = moves
-			debug.FreeOSMemory()
-			if err := resident.ReleaseProgram(); err != nil {
+			if err := resident.Release(); err != nil {
 				p.log.Debug("memory not given back", zap.Error(err))
 			}
 		}

@@ -45,8 +45,7 @@ func (a *agent) trim(ctx context.Context) error {
 		case <-idle.C:
 			collect(idleGC)
 			busy = false
-			debug.FreeOSMemory()
-			if err := resident.ReleaseProgram(); err != nil {
+			if err := resident.Release(); err != nil {
 				a.log.Debug("memory not given back", zap.Error(err))
 			}
 		}

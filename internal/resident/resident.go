@@ -4,10 +4,18 @@ package resident
 import (
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
+
+// Release gives back the free heap, for which it collects garbage, and what ReleaseProgram does. It is for the end of a time in
+// which the process had much to do.
+func Release() error {
+	debug.FreeOSMemory()
+	return ReleaseProgram()
+}
 
 // ReleaseProgram takes the program's code and constants out of the resident memory. They are mapped read-only, so nothing
 // is lost: pages that are needed again are mapped again from the page cache.
