@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/fairlead-mesh/fairlead/cni/plugin"
+	"github.com/fairlead-mesh/fairlead/internal/testenv"
 )
 
 // openAPI is a client of a server, by a kubeconfig with more in its entry of the cluster.
@@ -107,7 +108,7 @@ func TestAccessIsToAVerifiedServer(t *testing.T) {
 		{"http://10.0.0.1:8080", "", plugin.Access{}, false},
 		{"https://10.0.0.1:6443", `,"insecure-skip-tls-verify":true`, plugin.Access{}, false},
 	} {
-		if err := os.WriteFile(ca, []byte(certificate), 0o600); err != nil {
+		if err := os.WriteFile(ca, []byte(testenv.Certificate), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		a := openAPI(t, tc.server, tc.cluster)
@@ -203,16 +204,3 @@ func TestAccessIsKeptUntilTheEnd(t *testing.T) {
 		t.Errorf("at the agent's end: %v", err)
 	}
 }
-
-// certificate is anybody's.
-const certificate = `-----BEGIN CERTIFICATE-----
-MIIBfDCCASGgAwIBAgIUKiQkyOca8UP1/WutTjvSCBRS11AwCgYIKoZIzj0EAwIw
-EjEQMA4GA1UEAwwHYW5vdGhlcjAgFw0yNjExMjEyMTI3MzJaGA8yMTI2MTAyODIx
-MjczMlowEjEQMA4GA1UEAwwHYW5vdGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEH
-A0IABNpaRz+xqNyw/4DZAyPT4Kt+k5VQ83fgyc9fugMfhA/z1hqDfJ9oirxMT4dn
-34KfV1Y41i0P6SeEp26a5AvDTgyjUzBRMB0GA1UdDgQWBBSi/LkZH2PRm/9opyoR
-5ia/Xmok/DAfBgNVHSMEGDAWgBSi/LkZH2PRm/9opyoR5ia/Xmok/DAPBgNVHRMB
-Af8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQDXwCgTMc8cdaw8vBOuJXfywSsi
-wRQRAK2hn+fK9SfsjwIhAJzEU04pbkh2+JjLnSVScG+R7m6uAmC1ywneU3vOVeEC
------END CERTIFICATE-----
-`

@@ -169,7 +169,7 @@ func TestRecordDecidesWithoutTheAPIServer(t *testing.T) {
 		{"the server sends elsewhere", http.RedirectHandler(elsewhere.URL+podPath, http.StatusFound), func(a *Access) {
 			a.CA += string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: elsewhere.Certificate().Raw}))
 		}, "302"},
-		{"not that server's certificate", labelled, func(a *Access) { a.CA = otherCertificate }, "x509"},
+		{"not that server's certificate", labelled, func(a *Access) { a.CA = testenv.Certificate }, "x509"},
 		{"not a certificate", labelled, func(a *Access) { a.CA = "none" }, "no certificate"},
 		{"the system's certificates", labelled, func(a *Access) { a.CA = "" }, "x509"},
 		{"another name in the certificate", labelled, func(a *Access) { a.ServerName = "kubernetes.default.svc" }, "x509"},
@@ -351,16 +351,3 @@ func TestNamesThatWouldLeadElsewhere(t *testing.T) {
 		}
 	}
 }
-
-// otherCertificate is one that no server here has; its key was thrown away.
-const otherCertificate = `-----BEGIN CERTIFICATE-----
-MIIBfDCCASGgAwIBAgIUKiQkyOca8UP1/WutTjvSCBRS11AwCgYIKoZIzj0EAwIw
-EjEQMA4GA1UEAwwHYW5vdGhlcjAgFw0yNjExMjEyMTI3MzJaGA8yMTI2MTAyODIx
-MjczMlowEjEQMA4GA1UEAwwHYW5vdGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEH
-A0IABNpaRz+xqNyw/4DZAyPT4Kt+k5VQ83fgyc9fugMfhA/z1hqDfJ9oirxMT4dn
-34KfV1Y41i0P6SeEp26a5AvDTgyjUzBRMB0GA1UdDgQWBBSi/LkZH2PRm/9opyoR
-5ia/Xmok/DAfBgNVHSMEGDAWgBSi/LkZH2PRm/9opyoR5ia/Xmok/DAPBgNVHRMB
-Af8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQDXwCgTMc8cdaw8vBOuJXfywSsi
-wRQRAK2hn+fK9SfsjwIhAJzEU04pbkh2+JjLnSVScG+R7m6uAmC1ywneU3vOVeEC
------END CERTIFICATE-----
-`

@@ -20,6 +20,19 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 )
 
+// Certificate is one, in PEM, that no server has; its key was thrown away.
+const Certificate = `-----BEGIN CERTIFICATE-----
+MIIBfDCCASGgAwIBAgIUKiQkyOca8UP1/WutTjvSCBRS11AwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHYW5vdGhlcjAgFw0yNjExMjEyMTI3MzJaGA8yMTI2MTAyODIx
+MjczMlowEjEQMA4GA1UEAwwHYW5vdGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABNpaRz+xqNyw/4DZAyPT4Kt+k5VQ83fgyc9fugMfhA/z1hqDfJ9oirxMT4dn
+34KfV1Y41i0P6SeEp26a5AvDTgyjUzBRMB0GA1UdDgQWBBSi/LkZH2PRm/9opyoR
+5ia/Xmok/DAfBgNVHSMEGDAWgBSi/LkZH2PRm/9opyoR5ia/Xmok/DAPBgNVHRMB
+Af8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQDXwCgTMc8cdaw8vBOuJXfywSsi
+wRQRAK2hn+fK9SfsjwIhAJzEU04pbkh2+JjLnSVScG+R7m6uAmC1ywneU3vOVeEC
+-----END CERTIFICATE-----
+`
+
 // Require skips (or, where everything is required, fails) the test unless ok; what names the missing thing.
 func Require(t testing.TB, ok bool, what string) {
 	t.Helper()
