@@ -64,6 +64,11 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, trans
 	if err := unix.Listen(fd, backlog); err != nil {
 		return fail(closeAll(os.NewSyscallError("listen", err), fd))
 	}
+	if addr.Port() != 0 {
+		if err := preferSecond(fd); err != nil {
+			return fail(closeAll(err, fd))
+		}
+	}
 	file := os.NewFile(uintptr(fd), "listener")
 	defer file.Close()
 	l, err := net.FileListener(file)
@@ -71,6 +76,14 @@ func Listen(ns *os.File, network string, addr netip.AddrPort, mark uint32, trans
 		return fail(err)
 	}
 	return l.(*net.TCPListener), nil
+}
+
+// preferSecond gives new connections to the second of the listeners on a port, which is the successor's: the first gets no more
+// that its end could cut. The kernel chooses by the program's number, or as it pleases where there is no such listener.
+func preferSecond(fd int) error {
+	program := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 1}
+	err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: 1, Filter: &program})
+	return os.NewSyscallError("setsockopt SO_ATTACH_REUSEPORT_CBPF", err)
 }
 
 // Dial connects to dst from inside ns (nil: the process's own namespace). The errno of a failed connect(2) can be
