@@ -24,6 +24,28 @@ func (g *greedy) share() int {
 	return bulkTurn / 2
 }
 
+// TestNoTurnIsLost marks an application as one that sends much and then finds that it sends little, as happens when the
+// room that it waited for comes up in the middle of its read: it must be read in its turn, and can be marked again.
+func TestNoTurnIsLost(t *testing.T) {
+	w := &worker{}
+	for _, was := range []bool{false, true} {
+		a := &loopApp{w: w, t: &loopTunnel{}, readable: true, behind: true, bulk: was}
+		w.markApp(a)
+		a.bulk = !was
+		for range 2 {
+			w.turn()
+			if len(w.readApps) > 0 || !w.bulk.empty() {
+				t.Fatalf("bulk %v: not served in its turn", was)
+			}
+			w.markApp(a)
+			if len(w.readApps)+len(w.bulk.waiting)-w.bulk.next != 1 {
+				t.Fatalf("bulk %v: not on a list after its turn", was)
+			}
+		}
+		w.turn()
+	}
+}
+
 // TestBulkTakesTurns has a loop of which a hundred want much, all the time: whatever else happens on it waits for no more
 // than what fits in one turn, and each of the hundred is served as often as the others.
 func TestBulkTakesTurns(t *testing.T) {

@@ -30,7 +30,8 @@ type loopApp struct {
 	// application to stream
 	readable    bool // there may be bytes: not seen EAGAIN or a short read since the last event
 	hup, broken bool // the socket reported an end; an error
-	reading     bool // on worker.readApps, or to read when worker.bulk comes to it
+	reading     bool // on worker.readApps
+	filling     bool // to read when worker.bulk comes to it
 	draining    bool // to write from the queue when worker.bulk comes to it
 	queued      bool // on worker.bulk
 	waitsSpace  bool // on loopTunnel.spaceApps
@@ -118,13 +119,15 @@ func (a *loopApp) Ready(events uint32) {
 
 // markApp puts a on the list of those to read in this or a later turn.
 func (w *worker) markApp(a *loopApp) {
-	if a.readable && !a.reading && !a.outEnd && !a.closed {
+	if !a.readable || a.reading || a.filling || a.outEnd || a.closed {
+		return
+	}
+	if a.bulk {
+		a.filling = true
+		a.enqueue()
+	} else {
 		a.reading = true
-		if a.bulk {
-			a.enqueue()
-		} else {
-			w.readApps = append(w.readApps, a)
-		}
+		w.readApps = append(w.readApps, a)
 	}
 }
 
@@ -137,16 +140,15 @@ func (a *loopApp) enqueue() {
 
 // share implements bulkCarrier.
 func (a *loopApp) share() (n int) {
-	drain, read := a.draining, a.reading && a.bulk
-	a.queued, a.draining = false, false
+	drain, fill := a.draining, a.filling
+	a.queued, a.draining, a.filling = false, false, false
 	if a.closed || a.t.dead {
 		drain = false
 	}
 	if drain {
 		n += a.drain()
 	}
-	if read {
-		a.reading = false
+	if fill {
 		n += a.read()
 	}
 	return n
