@@ -99,6 +99,8 @@ type mesh struct {
 	inbound  []relay.Result
 	incoming func(in *Incoming) bool // true = handled
 	streams  chan *Stream            // outbound streams, when not nil
+
+	sendBuffer int // of the tunnels' sockets on the client's side, bytes; 0 = the kernel's choice
 }
 
 func newMesh(t testing.TB, client, server Driver) *mesh {
@@ -121,9 +123,14 @@ func newMesh(t testing.TB, client, server Driver) *mesh {
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() { cancel(); m.pool.Close(); m.server.Close() })
 	go m.server.Serve(ctx, hb)
+	watchTurns(t, client)
+	watchTurns(t, server)
 	key := Key{Addr: hb.Addr().(*net.TCPAddr).AddrPort()}
 	dial := func(ctx context.Context) (net.Conn, *tls.Config, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", hb.Addr().String())
+		if err == nil && m.sendBuffer > 0 {
+			c.(*net.TCPConn).SetWriteBuffer(m.sendBuffer)
+		}
 		return c, ccfg, err
 	}
 	go accept(m.out, func(c *net.TCPConn) {
