@@ -365,6 +365,32 @@ func (n *Node) removeGuard(cookie uint64, but []Wire) error {
 	return errors.Join(errs...)
 }
 
+// forgetWires forgets what removeGuard does not find by a pin: a process was killed between the two. It looks at every
+// pod's wires.
+func (n *Node) forgetWires(cookie uint64) error {
+	if n.guard.Wires == nil {
+		return nil
+	}
+	var own []uint32
+	var index uint32
+	var wire guardWire
+	entries := n.guard.Wires.Iterate()
+	for entries.Next(&index, &wire) {
+		if wire.Netns == cookie {
+			own = append(own, index)
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list the guard's interfaces: %w", err)
+	}
+	for _, index := range own {
+		if err := n.guard.Wires.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget the pod's interface %d: %w", index, err)
+		}
+	}
+	return nil
+}
+
 // unguard ends what a pin stands for.
 func unguard(pin string, index int, filters Filters) error {
 	if strings.HasPrefix(filepath.Base(pin), guardPin) {

@@ -8,13 +8,14 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// mountedMark is a directory that tells, in a BPF file system that has nothing but directories and pins, that this
-// package mounted it.
-const mountedMark = "mounted-by-fairlead"
+// mountSource is what a BPF file system that this package mounted gives as its device, by which it is known from its first
+// moment on.
+const mountSource = "fairlead"
 
 // ensureMount makes sure that dir exists and is on a BPF file system. A missing one is mounted in the mount namespace whose
 // file is mounts, from where it has to come to this process.
@@ -71,11 +72,8 @@ func mountAt(dir string) error {
 			return fmt.Errorf("make directory in BPF file system: %w", err)
 		}
 	}
-	if err := unix.Mount("bpf", at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+	if err := unix.Mount(mountSource, at, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
 		return fmt.Errorf("mount a BPF file system on %s: %w", at, err)
-	}
-	if err := os.Mkdir(filepath.Join(at, mountedMark), 0o700); err != nil {
-		return fmt.Errorf("mark the mounted BPF file system: %w", err)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make directory in BPF file system: %w", err)
@@ -86,8 +84,9 @@ func mountAt(dir string) error {
 // unmount undoes mountAt once the pins are gone.
 func unmount(dir string) error {
 	for _, at := range []string{dir, filepath.Dir(dir)} {
-		mark := filepath.Join(at, mountedMark)
-		if _, err := os.Stat(mark); err != nil || !isBPFFS(at) {
+		if ours, err := mounted(at); err != nil {
+			return err
+		} else if !ours {
 			continue
 		}
 		entries, err := os.ReadDir(at)
@@ -96,7 +95,7 @@ func unmount(dir string) error {
 		}
 		// The kernel puts two files of its own into each BPF file system.
 		others := slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
-			return !slices.Contains([]string{mountedMark, "maps.debug", "progs.debug"}, e.Name()) && filepath.Join(at, e.Name()) != dir
+			return !slices.Contains([]string{"maps.debug", "progs.debug"}, e.Name()) && filepath.Join(at, e.Name()) != dir
 		})
 		if others {
 			return nil
@@ -105,7 +104,26 @@ func unmount(dir string) error {
 			return fmt.Errorf("unmount the BPF file system on %s: %w", at, err)
 		}
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	return removeEmpty(dir)
+}
+
+// mounted tells whether this package has mounted the file system on a directory.
+func mounted(dir string) (bool, error) {
+	table, err := os.ReadFile("/proc/thread-self/mounts") // of the mount namespace that the thread is in
+	if err != nil {
+		return false, err
+	}
+	for line := range strings.Lines(string(table)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == mountSource && fields[1] == dir && fields[2] == "bpf" {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// removeEmpty removes a directory, unless somebody has something in it.
+func removeEmpty(dir string) error {
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
 		return err
 	}
 	return nil

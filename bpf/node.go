@@ -279,7 +279,7 @@ func (n *Node) ensureWorkloads() error {
 // Config has it. It must be called in the host's network namespace. It is no error when there is nothing.
 func Remove(dir, mounts string, filters Filters) error {
 	if !isBPFFS(dir) {
-		return nil
+		return inMounts(mounts, func() error { return removeEmpty(dir) }) // what one that was killed has left
 	}
 	links, err := filepath.Glob(filepath.Join(dir, "links", "*"))
 	if err != nil {

@@ -124,7 +124,7 @@ func (n *Node) deletePodAddrs(addrs []connectAddr) error {
 func (n *Node) RemovePod(cookie uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	errs := []error{n.removeGuard(cookie, nil)}
+	errs := []error{n.removeGuard(cookie, nil), n.forgetWires(cookie)}
 	if err := n.maps.Pods.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
 	}

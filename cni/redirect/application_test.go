@@ -27,6 +27,9 @@ func TestMain(m *testing.M) {
 		application(a)
 		return
 	}
+	if d := os.Getenv("FAIRLEAD_TEST_DOOMED"); d != "" {
+		runDoomed(d)
+	}
 	if os.Getenv("FAIRLEAD_TEST_UNDO") != "" {
 		undo()
 		return
