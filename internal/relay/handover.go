@@ -44,7 +44,7 @@ func (h *Handle) Freeze() (*Frozen, bool) {
 	}
 	<-h.stopped
 	h.mu.Lock()
-	over := h.up.ended.Load() && h.down.ended.Load()
+	over := h.finished
 	h.mu.Unlock()
 	if over {
 		return nil, false

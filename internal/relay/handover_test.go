@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/loop"
 )
 
 // cross freezes h and makes a relay of it as another process would; one in four goes on where it was instead. It is h
@@ -157,6 +159,88 @@ func TestHandoverOfHeldBytes(t *testing.T) {
 			t.Errorf("%+v, want %d bytes", r, size)
 		}
 	}
+}
+
+// TestCutWhileFreezing: a relay that is cut while Freeze waits for it to stand still ends there, once, with a reset.
+func TestCutWhileFreezing(t *testing.T) {
+	client, a := tcpPair(t)
+	b, server := tcpPair(t)
+	results := make(chan Result, 2)
+	h := newHandle(a, b)
+	h.done = func(r Result) { results <- r }
+	h.up.first = []byte("x")
+	locked, gate := make(chan struct{}), make(chan struct{})
+	raw, err := b.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go raw.Write(func(uintptr) bool { close(locked); <-gate; return true }) // keeps up from writing, whatever the deadline
+	<-locked
+	h.run()
+	frozen := make(chan bool)
+	go func() { _, ok := h.Freeze(); frozen <- ok }()
+	for begun := false; !begun; time.Sleep(time.Millisecond) {
+		h.mu.Lock()
+		begun = h.frozen
+		h.mu.Unlock()
+	}
+	cause := errors.New("policy changed")
+	h.Abort(cause)
+	close(gate)
+	if <-frozen {
+		t.Error("frozen, although it was cut")
+	}
+	for _, c := range []*net.TCPConn{client, server} {
+		if _, err := io.Copy(io.Discard, c); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("an end sees %v", err)
+		}
+	}
+	if r := result(t, results); r.Err != cause || !r.Reset || len(results) != 0 {
+		t.Errorf("%+v, and %d more", r, len(results))
+	}
+}
+
+// TestResetWhileFreezing: a half closed relay whose silent end is reset while it is frozen either ends where it is, or
+// takes the reset along: the successor finds it in the socket.
+func TestResetWhileFreezing(t *testing.T) {
+	ended, along := 0, 0
+	for range 300 {
+		client, a := tcpPair(t)
+		b, server := tcpPair(t)
+		a.SetDeadline(time.Time{})
+		b.SetDeadline(time.Time{})
+		results := make(chan Result, 2)
+		h := Splice(a, b, func(r Result) { results <- r })
+		client.CloseWrite()
+		if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatal(err)
+		}
+		client.SetLinger(0)
+		go client.Close()
+		time.Sleep(time.Duration(rand.IntN(60)) * time.Microsecond)
+		f, ok := h.Freeze()
+		if !ok {
+			ended++
+			if r := result(t, results); !r.Reset {
+				t.Errorf("ended without the reset: %+v", r)
+			}
+		} else {
+			along++
+			for !loop.Over(f.Files[0]) { // the reset is under way
+				time.Sleep(10 * time.Microsecond)
+			}
+			if loop.SocketError(f.Files[0]) == 0 {
+				t.Error("the reset is lost")
+			}
+			f.Moved()
+		}
+		if len(results) != 0 {
+			t.Errorf("ended again: %+v", <-results)
+		}
+		client.Close()
+		server.Close()
+	}
+	t.Logf("%d ended, %d took it along", ended, along)
 }
 
 // TestAdoptRefuses what is no pair of TCP connections, and leaves the descriptors to their owner.

@@ -38,10 +38,11 @@ type Handle struct {
 
 	halfClosed atomic.Bool
 
-	mu      sync.Mutex
-	err     error         // of whoever cut the relay first
-	frozen  bool          // both directions are to stand still
-	stopped chan struct{} // closed when both have ended, or stand still
+	mu       sync.Mutex
+	err      error         // of whoever cut the relay first
+	frozen   bool          // both directions are to stand still
+	finished bool          // it ended before they did
+	stopped  chan struct{} // closed when both have ended, or stand still, and nobody asks the sockets any more
 }
 
 // direction is one direction of a relay. Its goroutine owns it, or whoever froze the relay.
@@ -73,30 +74,43 @@ func newHandle(a, b *net.TCPConn) *Handle {
 // run carries both directions until they have ended or stand still.
 func (h *Handle) run() {
 	h.stopped = make(chan struct{})
-	var wg sync.WaitGroup
+	var carriers, watchers sync.WaitGroup
 	for _, d := range []*direction{&h.down, &h.up} {
-		wg.Add(1)
+		carriers.Add(1)
+		watchers.Add(1)
 		go func() {
+			defer watchers.Done()
 			if !d.ended.Load() {
 				h.carry(d)
 			}
 			ended := d.ended.Load()
-			wg.Done()
+			carriers.Done()
 			if ended {
 				h.watch(d.src)
 			}
 		}()
 	}
 	go func() {
-		wg.Wait()
 		defer close(h.stopped)
-		h.mu.Lock()
-		err, over := h.err, h.over()
-		h.mu.Unlock()
-		if over {
+		carriers.Wait()
+		if !h.up.ended.Load() || !h.down.ended.Load() {
+			watchers.Wait() // Freeze, or a cut: a reset that one of them has taken from its socket is found nowhere else
+		}
+		if err, over := h.settle(); over {
 			h.finish(err)
 		}
 	}()
+}
+
+// settle says whether the relay, whose directions have stopped, has ended. A cut that comes later finds it finished, or
+// frozen.
+func (h *Handle) settle() (err error, over bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.finished = h.over(); h.finished && h.err != nil && h.frozen {
+		h.reset() // the cut has left it to whoever goes on with the relay, and nobody does
+	}
+	return h.err, h.finished
 }
 
 // over says that the relay has ended. mu is held.
@@ -112,8 +126,10 @@ func (h *Handle) finish(err error) {
 func (h *Handle) close() {
 	h.a.Close()
 	h.b.Close()
-	h.up.pipe.close()
-	h.down.pipe.close()
+	for _, d := range []*direction{&h.up, &h.down} {
+		d.pipe.close()
+		d.pipe = nil
+	}
 }
 
 // Abort cuts the relay: both ends see a TCP reset and Result.Err is err. Only the first of several cuts counts.
