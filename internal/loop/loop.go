@@ -88,26 +88,25 @@ func (woken) Ready(uint32) {}
 // turns is how often the loop serves posts that its own turns make, until it looks for events again.
 const turns = 4
 
-// Post runs f on the loop soon, after what was posted before. It says false when the loop is closed. A loop that is awake
-// looks for posts before it sleeps, so that only a post to one that sleeps costs a system call.
+// Post runs f on the loop soon, after what was posted before. It says false when the loop is closed; f runs if it says
+// true. A loop that is awake looks for posts before it sleeps, so that only a post to one that sleeps costs a system call.
 func (l *Loop) Post(f func()) bool {
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.closed {
-		l.mu.Unlock()
 		return false
 	}
-	wake := l.asleep
-	l.asleep = false
 	l.posted = append(l.posted, f)
-	l.mu.Unlock()
-	if wake {
-		one := [8]byte{0: 1} // little or big endian: any non-zero number wakes
+	if l.asleep {
+		l.asleep = false
+		// Under the lock: a loop that is not closed keeps its eventfd until it has had the lock once more.
+		one := uint64(1)
 		unix.RawSyscall(unix.SYS_WRITE, uintptr(l.wake), uintptr(unsafe.Pointer(&one)), 8)
 	}
 	return true
 }
 
-// Stop ends the loop after the current batch. Descriptors that are still registered stay open.
+// Stop ends the loop after the current batch and what is posted meanwhile. Descriptors that are still registered stay open.
 func (l *Loop) Stop() {
 	l.Post(func() {
 		l.mu.Lock()
@@ -223,27 +222,33 @@ func (l *Loop) hasPosts() bool {
 	return len(l.posted) > 0
 }
 
-// runPosted runs the posts and says whether the loop was stopped.
+// runPosted runs the posts and says whether the loop was stopped. Then none is left, and none will come.
 func (l *Loop) runPosted() (closed bool) {
-	l.mu.Lock()
-	l.asleep = false
-	fs := l.posted
-	if len(fs) == 0 {
+	for {
+		l.mu.Lock()
+		l.asleep = false
+		fs := l.posted
+		if len(fs) == 0 {
+			closed = l.closed
+			l.mu.Unlock()
+			return closed
+		}
+		l.posted, l.spare = l.spare[:0], nil
 		l.mu.Unlock()
-		return false
+		for i, f := range fs {
+			fs[i] = nil
+			f()
+		}
+		l.mu.Lock()
+		if l.spare = fs[:0]; cap(fs) > 4096 {
+			l.spare = nil
+		}
+		closed = l.closed
+		l.mu.Unlock()
+		if !closed {
+			return false
+		}
 	}
-	l.posted, l.spare = l.spare[:0], nil
-	l.mu.Unlock()
-	for i, f := range fs {
-		fs[i] = nil
-		f()
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.spare = fs[:0]; cap(fs) > 4096 {
-		l.spare = nil
-	}
-	return l.closed
 }
 
 func (l *Loop) release() {

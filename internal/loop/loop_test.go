@@ -139,6 +139,29 @@ func TestPostsWakeAndKeepOrder(t *testing.T) {
 	}
 }
 
+// TestPostsBesideStop: what Post has said yes to runs, also while Stop's own post waits for its turn.
+func TestPostsBesideStop(t *testing.T) {
+	l := newLoop(t, nil)
+	reached, goOn, ran := make(chan int), make(chan struct{}), make(chan int, 1)
+	pause := func() { reached <- 0; <-goOn }
+	l.Post(pause)
+	receive(t, reached)
+	l.Post(pause) // in one batch with Stop's
+	l.Stop()
+	goOn <- struct{}{}
+	receive(t, reached)
+	if !l.Post(func() { ran <- 0 }) {
+		t.Error("the loop takes no post and is not stopped yet")
+	}
+	close(goOn)
+	receive(t, ran)
+	for end := time.Now().Add(5 * time.Second); l.Post(func() {}); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("posts are still taken")
+		}
+	}
+}
+
 func TestTurnIsRepeatedWhileThereIsMore(t *testing.T) {
 	left := 5
 	done := make(chan struct{})
