@@ -53,37 +53,55 @@ type tunnelKey struct {
 }
 
 // takeOver takes what a predecessor gives, from the moment when this proxy is ready.
-func (p *Proxy) takeOver(ctx context.Context) error {
+func (p *Proxy) takeOver(ctx context.Context) {
 	for p.ready() != nil {
 		select {
 		case <-time.After(readyInterval):
 		case <-ctx.Done():
-			return nil
+			return
 		}
 	}
 	l, err := handover.Listen(p.cfg.HandoverSocket)
 	if err != nil {
 		p.log.Warn("connections of a predecessor cannot be taken over", zap.Error(err))
-		return nil
+		return
 	}
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
+	p.awaitPredecessors(ctx, l)
+}
+
+// predecessors is the socket on which they come.
+type predecessors interface{ AcceptUnix() (*net.UnixConn, error) }
+
+// awaitPredecessors takes what those who come give, until ctx ends or the socket is closed. What keeps one of them away, as
+// being out of descriptors does, passes, and must not end what this proxy serves: it is tried again.
+func (p *Proxy) awaitPredecessors(ctx context.Context, l predecessors) {
 	for {
 		conn, err := l.AcceptUnix()
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			return fmt.Errorf("wait for a predecessor: %w", err)
+		if err == nil {
+			go p.takeFrom(ctx, conn)
+			continue
 		}
-		go func() {
-			before := p.taken.Load()
-			if err := handover.Take(ctx, conn, p.prepare); err != nil {
-				p.log.Warn("take connections over", zap.Error(err))
-			}
-			p.log.Info("took connections over", zap.Int64("connections", p.taken.Load()-before))
-		}()
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return
+		}
+		p.log.Warn("wait for a predecessor", zap.Error(err))
+		select {
+		case <-time.After(offerInterval):
+		case <-ctx.Done():
+			return
+		}
 	}
+}
+
+// takeFrom takes what one predecessor gives.
+func (p *Proxy) takeFrom(ctx context.Context, conn *net.UnixConn) {
+	before := p.taken.Load()
+	if err := handover.Take(ctx, conn, p.prepare); err != nil {
+		p.log.Warn("take connections over", zap.Error(err))
+	}
+	p.log.Info("took connections over", zap.Int64("connections", p.taken.Load()-before))
 }
 
 // prepare makes a predecessor's offer ready to go on here.

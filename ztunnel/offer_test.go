@@ -2,8 +2,12 @@ package ztunnel
 
 import (
 	"encoding/json"
+	"errors"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -12,6 +16,7 @@ import (
 
 	"github.com/fairlead-mesh/fairlead/internal/accesslog"
 	"github.com/fairlead-mesh/fairlead/internal/authz"
+	"github.com/fairlead-mesh/fairlead/internal/handover"
 	"github.com/fairlead-mesh/fairlead/internal/hbone"
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/state"
@@ -90,6 +95,47 @@ func TestConnectionState(t *testing.T) {
 	if got.check == nil || *got.check != *c.check || got.start.Sub(c.start) != 0 {
 		t.Errorf("asked %+v since %v, want %+v since %v", got.check, got.start, c.check, c.start)
 	}
+}
+
+// exhausted is a socket whose process is out of descriptors at first.
+type exhausted struct {
+	predecessors
+	failures int
+}
+
+func (e *exhausted) AcceptUnix() (*net.UnixConn, error) {
+	if e.failures > 0 {
+		e.failures--
+		return nil, &net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return e.predecessors.AcceptUnix()
+}
+
+// TestPredecessorIsAwaitedOutOfDescriptors: who could not be accepted at once is later; the proxy does not end for it.
+func TestPredecessorIsAwaitedOutOfDescriptors(t *testing.T) {
+	p := taker(t)
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := handover.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		p.awaitPredecessors(t.Context(), &exhausted{l, 2})
+	}()
+	g, err := handover.Dial(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refused *handover.RefusedError
+	if err := g.Give("not an offer", nil); !errors.As(err, &refused) {
+		t.Errorf("%v in place of an answer", err)
+	}
+	g.Close()
+	l.Close()
+	<-ended
 }
 
 func jsonOf(t *testing.T, v any) string {

@@ -99,7 +99,7 @@ func Run(ctx context.Context, cfg Config, log Log) error {
 	background("pods", func(context.Context) error { return p.followPods(following) })
 	taking, noMore := context.WithCancel(groupCtx)
 	defer noMore()
-	background("hand-over", func(context.Context) error { return p.takeOver(taking) })
+	background("hand-over", func(context.Context) error { p.takeOver(taking); return nil })
 	background("recheck", p.recheck)
 	background("trim", p.trim)
 	background("reap", p.connections.reap)
