@@ -78,6 +78,9 @@ func (c conn) send(kind byte, value []byte, files []int) error {
 		}
 		files = files[n:]
 	}
+	if len(value) == 0 {
+		return nil // the message is whole, and its reader may have closed: writing nothing would fail
+	}
 	_, err := c.Write(value)
 	return err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -147,6 +148,36 @@ func TestBrokenOff(t *testing.T) {
 	}
 	if err := g.Give("x", nil); err == nil {
 		t.Error("an offer without an answer counts as taken")
+	}
+}
+
+// TestCommitIsReadWhole: a taker that starts what was committed to it and closes at once has it, and the giver knows.
+func TestCommitIsReadWhole(t *testing.T) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socketOf(t), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for range 2000 {
+		ours, err := net.DialUnix("unix", nil, l.Addr().(*net.UnixAddr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := l.AcceptUnix()
+		if err != nil {
+			t.Fatal(err)
+		}
+		read := make(chan error, 1)
+		go func() {
+			_, err := io.ReadFull(theirs, make([]byte, headerLen))
+			theirs.Close()
+			read <- err
+		}()
+		err = conn{ours}.send(kindCommit, nil, nil)
+		if readErr := <-read; err != nil || readErr != nil {
+			t.Fatalf("the giver: %v, the taker: %v", err, readErr)
+		}
+		ours.Close()
 	}
 }
 
