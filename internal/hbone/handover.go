@@ -147,15 +147,15 @@ type Adopted struct {
 
 	t       tunnel
 	remote  net.Addr
-	enlist  func() // makes the tunnel its pool's or server's
+	enlist  func(begin func()) // calls begin, which must not block, and makes the tunnel its pool's or server's
 	start   func(done func(i int, r relay.Result))
 	discard func()
 }
 
-// Start lets the tunnel go on; done is told the end of each relayed stream, as the done of Stream.Relay is.
+// Start lets the tunnel go on; done is told the end of each relayed stream, as the done of Stream.Relay is. The tunnel is
+// begun on its loop before others can find it: what they post there comes after it.
 func (a *Adopted) Start(done func(i int, r relay.Result)) {
-	a.enlist()
-	a.start(done)
+	a.enlist(func() { a.start(done) })
 }
 
 // Discard closes this process's descriptors of the tunnel, which the other process keeps.
@@ -179,10 +179,11 @@ func (p *Pool) Adopt(key Key, st *TunnelState, files []int) (*Adopted, error) {
 			s.onEnd = t.release
 		}
 	}
-	a.enlist = func() {
+	a.enlist = func(begin func()) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		t.t = a.t
+		begin() // before anything can be asked of the tunnel
 		e := p.keys[key]
 		if e == nil {
 			e = &peer{}
@@ -208,10 +209,11 @@ func (s *Server) Adopt(ctx context.Context, st *TunnelState, files []int) (*Adop
 		return nil, fmt.Errorf("adopt tunnel: %w", err)
 	}
 	sv.peer = addrPort(a.remote).Addr()
-	a.enlist = func() {
+	a.enlist = func(begin func()) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		sv.t = a.t
+		begin() // before anything is asked of the tunnel
 		s.admitted.all++
 		s.admitted.byPeer[sv.peer]++
 		s.tunnels[sv] = struct{}{}
