@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,6 +27,9 @@ type Result struct {
 
 // pipeSize is what is asked for each direction's pipe, in bytes. Fewer, larger splices cost less.
 const pipeSize = 256 << 10
+
+// patience is how long a destination may take nothing until the source is asked whether it is still there.
+const patience = time.Second
 
 // errCut tells a direction that the other one has ended the relay.
 var errCut = errors.New("relay was cut")
@@ -165,7 +169,7 @@ func (h *Handle) reset() {
 
 // carry is one direction: it passes src's end on as half close; an error cuts the relay.
 func (h *Handle) carry(d *direction) {
-	err := d.move()
+	err := h.move(d)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return // Freeze
 	}
@@ -200,14 +204,10 @@ func (h *Handle) watch(src *net.TCPConn) {
 	}
 }
 
-// move splices from src to dst until src ends.
-func (d *direction) move() error {
-	for len(d.first) > 0 {
-		n, err := d.dst.Write(d.first)
-		d.count.Add(int64(n))
-		if d.first = d.first[n:]; err != nil {
-			return err
-		}
+// move splices from d's source to its destination until the source ends.
+func (h *Handle) move(d *direction) error {
+	if err := h.writeFirst(d); err != nil {
+		return err
 	}
 	in, err := d.src.SyscallConn()
 	if err != nil {
@@ -225,14 +225,9 @@ func (d *direction) move() error {
 	p := d.pipe
 	for {
 		for d.held > 0 {
-			k, err := splice(out.Write, func(fd int) (int64, error) {
-				return unix.Splice(p.r, nil, fd, nil, int(d.held), unix.SPLICE_F_NONBLOCK)
-			})
-			if err != nil {
+			if err := h.writeHeld(d, out); err != nil {
 				return err
 			}
-			d.held -= k
-			d.count.Add(k)
 		}
 		n, err := splice(in.Read, func(fd int) (int64, error) {
 			n, err := unix.Splice(fd, nil, p.w, nil, pipeSize, unix.SPLICE_F_NONBLOCK)
@@ -248,6 +243,74 @@ func (d *direction) move() error {
 		}
 		d.held = n
 	}
+}
+
+func (h *Handle) writeFirst(d *direction) error {
+	for len(d.first) > 0 {
+		stall := h.stall(d)
+		n, err := d.dst.Write(d.first)
+		stall.Stop()
+		d.count.Add(int64(n))
+		if d.first = d.first[n:]; err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeHeld gives the destination what it takes of the pipe, at least a byte.
+func (h *Handle) writeHeld(d *direction, out syscall.RawConn) error {
+	var stall *time.Timer
+	k, err := splice(out.Write, func(fd int) (int64, error) {
+		k, err := unix.Splice(d.pipe.r, nil, fd, nil, int(d.held), unix.SPLICE_F_NONBLOCK)
+		if err == unix.EAGAIN && stall == nil {
+			stall = h.stall(d)
+		}
+		return k, err
+	})
+	if stall != nil {
+		stall.Stop()
+	}
+	if err != nil {
+		return err
+	}
+	d.held -= k
+	d.count.Add(k)
+	return nil
+}
+
+// stall is for a destination that takes nothing now. Nobody waits for the source meanwhile, and the other direction,
+// which may have nothing to write to it, does not meet its reset either: it is asked from time to time.
+func (h *Handle) stall(d *direction) *time.Timer {
+	at := d.count.Load()
+	return time.AfterFunc(patience, func() {
+		if d.count.Load() != at {
+			return // it has taken something
+		}
+		broken, err := failed(d.src)
+		switch {
+		case err != nil: // the relay has ended here
+		case broken:
+			h.cut(syscall.ECONNRESET)
+		default:
+			h.stall(d)
+		}
+	})
+}
+
+// failed says that an error waits in c, and leaves it there: should the cut meet a frozen relay, whoever goes on with it
+// finds the error again. A connection that was closed in both directions has none.
+func failed(c *net.TCPConn) (bool, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var p [1]unix.PollFd
+	err = raw.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		_, _ = unix.Poll(p[:], 0) // asks again next time
+	})
+	return p[0].Revents&unix.POLLERR != 0, err
 }
 
 // pipe is what bytes are spliced through.

@@ -6,12 +6,15 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fairlead-mesh/fairlead/internal/loop"
 )
 
 func tcpPair(t testing.TB) (a, b *net.TCPConn) {
@@ -178,6 +181,72 @@ func TestResetAfterHalfClose(t *testing.T) {
 	}
 	if _, err := right.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("the other end's next write gives %v", err)
+	}
+}
+
+// TestResetWhileStalled: the end that sends is reset while the other end, which says nothing, takes nothing.
+func TestResetWhileStalled(t *testing.T) {
+	for name, which := range map[string]int{"left": 0, "right": 1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			left, right, h, res := joined(t)
+			for _, c := range []*net.TCPConn{left, h.a, h.b, right} { // so that they are full soon
+				c.SetReadBuffer(16 << 10)
+				c.SetWriteBuffer(16 << 10)
+			}
+			sender, reader := left, right
+			if which == 1 {
+				sender, reader = right, left
+			}
+			sender.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+			if _, err := sender.Write(make([]byte, 32<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatalf("the buffers are not full: %v", err)
+			}
+			sender.SetLinger(0)
+			sender.Close()
+			if r := result(t, res); !errors.Is(r.Err, syscall.ECONNRESET) || !r.Reset {
+				t.Errorf("result %+v", r)
+			}
+			if _, err := io.Copy(io.Discard, reader); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the other end sees %v", err)
+			}
+		})
+	}
+}
+
+// TestCloseWhileStalled: an end that has closed in both directions is no reset one, although the kernel is done with it
+// before the other end has taken all.
+func TestCloseWhileStalled(t *testing.T) {
+	t.Parallel()
+	left, right, h, res := joined(t)
+	h.b.SetWriteBuffer(16 << 10)
+	right.SetReadBuffer(16 << 10)
+	right.CloseWrite()
+	if _, err := left.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatal(err)
+	}
+	up := make([]byte, 200<<10)
+	rand.Read(up)
+	left.Write(up)
+	left.Close()
+	time.Sleep(2 * patience)
+	raw, err := h.a.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	over := false
+	if err := raw.Control(func(fd uintptr) { over = loop.Over(int(fd)) }); err != nil || !over {
+		t.Errorf("the left's connection is over: %v, %v", over, err)
+	}
+	if sent, _ := h.Counters(); sent == int64(len(up)) {
+		t.Error("nothing stands still")
+	}
+	got, err := io.ReadAll(right)
+	if err != nil || !bytes.Equal(got, up) {
+		t.Errorf("right got %d bytes, %v", len(got), err)
+	}
+	if r := result(t, res); r != (Result{Sent: int64(len(up))}) {
+		t.Errorf("result %+v", r)
 	}
 }
 
