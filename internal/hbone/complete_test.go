@@ -74,3 +74,59 @@ func TestPeerWantsNoMore(t *testing.T) {
 		}
 	})
 }
+
+// TestQueueOutlivesTheTunnel has an application that reads slowly, and a tunnel that ends when its streams are complete:
+// the application still gets all, and an orderly end.
+func TestQueueOutlivesTheTunnel(t *testing.T) {
+	drivers(t, func(t *testing.T, client, _ Driver) {
+		ccfg, scfg := identity(t)
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		body := pattern(1, 3<<20)
+		conns := make(chan net.Conn, 1)
+		go accept(ln, func(c *net.TCPConn) {
+			tc := tls.Server(c, scfg)
+			if tc.Handshake() != nil {
+				return
+			}
+			conns <- c
+			(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(200)
+				w.Write(body)
+			})})
+		})
+		pool := NewPool(PoolConfig{Driver: client})
+		defer pool.Close()
+		s, err := pool.Open(t.Context(), dialKey(ln.Addr()), func(context.Context) (net.Conn, *tls.Config, error) {
+			c, err := net.Dial("tcp", ln.Addr().String())
+			return c, ccfg, err
+		}, Request{Authority: "a:1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		app, far := tcpPair(t)
+		app.SetReadBuffer(64 << 10)
+		far.SetWriteBuffer(64 << 10)
+		done := make(chan relay.Result, 1)
+		s.Relay(far, func(r relay.Result) { done <- r })
+		await(t, "the end of the stream", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.over })
+		(<-conns).Close()
+		await(t, "the end of the tunnel", func() bool { return pool.Tunnels() == 0 })
+		app.SetDeadline(time.Now().Add(20 * time.Second))
+		if got, err := io.ReadAll(app); err != nil || string(got) != string(body) {
+			t.Errorf("the application got %d bytes, %v", len(got), err)
+		}
+		app.Close()
+		select {
+		case r := <-done:
+			if r.Err != nil || r.Received != int64(len(body)) {
+				t.Errorf("%+v", r)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("the relay does not end")
+		}
+	})
+}

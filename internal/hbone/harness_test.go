@@ -16,6 +16,7 @@ import (
 	"net/netip"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -100,7 +101,7 @@ type mesh struct {
 	incoming func(in *Incoming) bool // true = handled
 	streams  chan *Stream            // outbound streams, when not nil
 
-	sendBuffer int // of the tunnels' sockets on the client's side, bytes; 0 = the kernel's choice
+	sendBuffer atomic.Int32 // of the tunnels' sockets on the client's side, bytes; 0 = the kernel's choice
 }
 
 func newMesh(t testing.TB, client, server Driver) *mesh {
@@ -128,8 +129,8 @@ func newMesh(t testing.TB, client, server Driver) *mesh {
 	key := Key{Addr: hb.Addr().(*net.TCPAddr).AddrPort()}
 	dial := func(ctx context.Context) (net.Conn, *tls.Config, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", hb.Addr().String())
-		if err == nil && m.sendBuffer > 0 {
-			c.(*net.TCPConn).SetWriteBuffer(m.sendBuffer)
+		if n := int(m.sendBuffer.Load()); err == nil && n > 0 {
+			c.(*net.TCPConn).SetWriteBuffer(n)
 		}
 		return c, ccfg, err
 	}

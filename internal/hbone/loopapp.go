@@ -142,10 +142,7 @@ func (a *loopApp) enqueue() {
 func (a *loopApp) share() (n int) {
 	drain, fill := a.draining, a.filling
 	a.queued, a.draining, a.filling = false, false, false
-	if a.closed || a.t.dead {
-		drain = false
-	}
-	if drain {
+	if drain && !a.closed && a.t.err != errFrozen { // a tunnel that has ended leaves streams that were complete
 		n += a.drain()
 	}
 	if fill {

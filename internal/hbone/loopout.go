@@ -27,16 +27,24 @@ func (t *loopTunnel) mark() {
 // room makes sure of an open record with room for a frame, after all control frames, with reserve bytes of the buffer left
 // behind the record; false when the buffer is full.
 func (t *loopTunnel) room(reserve int) bool {
-	if t.open && t.recordEnd()-t.fill < leastFrame {
-		t.seal()
-	}
-	if t.control() && t.begin(reserve) {
+	if t.fits(reserve) {
 		return true
 	}
 	if t.full || !t.flush() || t.dead {
 		return false
 	}
-	return t.control() && t.begin(reserve)
+	return t.fits(reserve)
+}
+
+// fits is room with what the buffer has now. The control frames come first, since they may fill the record to its end.
+func (t *loopTunnel) fits(reserve int) bool {
+	if !t.control() {
+		return false
+	}
+	if t.open && t.recordEnd()-t.fill < leastFrame {
+		t.seal()
+	}
+	return t.begin(reserve)
 }
 
 // begin opens a record if none is open; false when the buffer cannot take a whole one and reserve bytes more.

@@ -137,7 +137,7 @@ func (t *loopTunnel) answer(s *Stream, status int, h []hpack.HeaderField, end bo
 		if end {
 			s.end(&ResetError{Code: machine.CodeNo})
 		}
-		t.mark()
+		t.serve(s) // what was written meanwhile waited for the answer
 	})
 	return nil
 }
@@ -282,7 +282,8 @@ func (t *loopTunnel) read() int {
 	}
 	r := t.w.buffer()
 	kept := copy(r.b, t.tail)
-	n, errno := loop.Read(t.fd, r.b[kept:min(len(r.b), kept+readSize)])
+	into := r.b[kept:min(len(r.b), kept+readSize)]
+	n, errno := loop.Read(t.fd, into)
 	t.bulk = n >= fullRead
 	switch {
 	case errno == syscall.EAGAIN:
@@ -298,7 +299,7 @@ func (t *loopTunnel) read() int {
 	case n == 0:
 		t.lost(io.EOF)
 		return 0
-	case n == readSize || t.hup:
+	case n == len(into) || t.hup:
 		t.markReading()
 	}
 	t.life.heard = t.w.start.Add(t.w.now)

@@ -134,11 +134,11 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 		ms.Consumed(s.credit)
 		s.credit = 0
 	}
+	s.blocked = false
 	if ms.Gone() || !s.mayWrite() {
 		s.mu.Unlock()
 		return out, false
 	}
-	s.blocked = false
 	for len(s.wq) > 0 {
 		n := min(len(s.wq), ms.Budget())
 		if n == 0 {

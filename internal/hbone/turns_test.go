@@ -83,7 +83,7 @@ func (a *loopApp) forgotten() string {
 func TestNoStreamIsForgotten(t *testing.T) {
 	drivers(t, func(t *testing.T, client, server Driver) {
 		m := newMesh(t, client, server)
-		m.sendBuffer = 256 << 10
+		m.sendBuffer.Store(256 << 10)
 		var wg sync.WaitGroup
 		for i := range 8 {
 			wg.Go(func() {
@@ -114,4 +114,107 @@ func TestNoStreamIsForgotten(t *testing.T) {
 		}
 		wg.Wait()
 	})
+}
+
+// TestRoomForAFrame has control frames, of which a peer decides how many there are, fill a record nearly to its end: an
+// application is read into the next one.
+func TestRoomForAFrame(t *testing.T) {
+	client := newLoops(t, 1)
+	m := newMesh(t, client, newLoops(t, 1))
+	m.streams = make(chan *Stream, 1)
+	c := m.dial('E', 5)
+	defer c.Close()
+	tunnel := (<-m.streams).t.(*loopTunnel)
+	for _, pings := range []int{850, 903, 904, 960, 961, 962, 963} {
+		left := make(chan int)
+		tunnel.w.loop.Post(func() {
+			tunnel.flush()
+			for range pings {
+				tunnel.m.Ping()
+			}
+			if !tunnel.room(bulkReserve) {
+				left <- -1
+				return
+			}
+			left <- tunnel.recordEnd() - tunnel.fill
+		})
+		if n := <-left; n < leastFrame {
+			t.Errorf("behind %d PINGs there is room for %d bytes", pings, n)
+		}
+	}
+	m.echo(1<<20, false)
+}
+
+// TestResetStreamIsNotBlocked resets a stream that waits for a window: the tunnel forgets it.
+func TestResetStreamIsNotBlocked(t *testing.T) {
+	in := make(chan *Stream, 1)
+	p := newPair(t, newLoops(t, 1), newLoops(t, 1), PoolConfig{}, func(i *Incoming) {
+		s, err := i.Accept()
+		if err != nil {
+			t.Error(err)
+		}
+		in <- s
+	})
+	s, err := p.open(t.Context(), Request{Authority: "a:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan error)
+	go func() { _, err := s.Write(make([]byte, streamWindow+2*sendBuffer)); wrote <- err }()
+	tunnel := s.t.(*loopTunnel)
+	blocked := func() (n int) {
+		counted := make(chan int)
+		tunnel.w.loop.Post(func() { counted <- len(tunnel.blocked) })
+		return <-counted
+	}
+	await(t, "the stream waits for its window", func() bool { return blocked() == 1 })
+	(<-in).Reset()
+	if err := <-wrote; err == nil {
+		t.Error("all was written")
+	}
+	tunnel.w.loop.Post(func() { tunnel.writable(nil) }) // as when the window of the connection opens
+	if n := blocked(); n != 0 {
+		t.Errorf("%d streams wait for a window", n)
+	}
+}
+
+// TestWrittenWithTheAnswer has a server write before the loop has sent its answer, while the loop is asked to look at
+// another stream anyway.
+func TestWrittenWithTheAnswer(t *testing.T) {
+	driver := newLoops(t, 1).(*LoopDriver)
+	other := make(chan *Stream, 1)
+	p := newPair(t, newLoops(t, 1), driver, PoolConfig{}, func(i *Incoming) {
+		if i.Authority == "a:1" {
+			s, err := i.Accept()
+			if err != nil {
+				t.Error(err)
+			}
+			other <- s
+			return
+		}
+		busy, free := make(chan bool), make(chan bool)
+		driver.workers[0].loop.Post(func() { close(busy); <-free })
+		<-busy
+		(<-other).Write([]byte("x"))
+		s, err := i.Accept()
+		if err != nil {
+			t.Error(err)
+		}
+		s.Write([]byte("hello"))
+		s.CloseWrite()
+		close(free)
+	})
+	for _, authority := range []string{"a:1", "a:2"} {
+		s, err := p.open(t.Context(), Request{Authority: authority})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if authority == "a:1" {
+			continue
+		}
+		s.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if got, err := io.ReadAll(s); err != nil || string(got) != "hello" {
+			t.Errorf("read %q, %v", got, err)
+		}
+	}
 }

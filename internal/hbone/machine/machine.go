@@ -220,10 +220,11 @@ func (c *Conn) giveConn(n int64) {
 	c.tellCredit()
 }
 
-// tellCredit tells the peer of credit when that is much.
+// tellCredit tells the peer of credit when that is much, or as much as the peer has left: what is not read of some streams
+// may hold most of the window, and the others go on with the rest.
 func (c *Conn) tellCredit() {
 	n := min(c.credit, c.underWay-c.recvWin)
-	if n <= 0 || n < min(int64(c.cfg.ConnWindow)/4, c.underWay/2) {
+	if n < min(int64(c.cfg.ConnWindow)/4, c.underWay/2) && n < max(c.recvWin, tinyWindow) {
 		return
 	}
 	c.recvWin += n

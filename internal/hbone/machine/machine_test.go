@@ -406,3 +406,33 @@ func TestUnderWayIsBounded(t *testing.T) {
 		t.Errorf("all consumed: the peer may send %d bytes of %d", c.recvWin, whole)
 	}
 }
+
+// TestUnreadStreamsLeaveTheRest has a stream whose bytes nobody takes hold most of the window: others go on with what is
+// left of it for as long as theirs are taken.
+func TestUnreadStreamsLeaveTheRest(t *testing.T) {
+	const window, held, message = 256 << 10, 224 << 10, 1 << 10
+	cfg := testConfig(true)
+	cfg.ConnWindow = window
+	c := New(cfg)
+	p := newPeer(false)
+	p.connect(1)
+	p.connect(3)
+	p.WriteRawFrame(frameData, 0, 1, make([]byte, held))
+	if _, err := feed(c, p.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 1000 {
+		if c.recvWin < message {
+			t.Fatalf("after %d messages the peer may send %d bytes", i, c.recvWin)
+		}
+		p.Reset()
+		p.WriteRawFrame(frameData, 0, 3, make([]byte, message))
+		if _, err := feed(c, p.Bytes()); err != nil {
+			t.Fatal(err)
+		}
+		c.streams[3].Consumed(message)
+	}
+	if whole := c.recvWin + c.credit; whole != window-held {
+		t.Errorf("the rest of the window is %d bytes", whole)
+	}
+}
