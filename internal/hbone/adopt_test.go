@@ -39,7 +39,7 @@ func (f *ferry) echoed() *net.TCPConn {
 func TestAdoptedTunnelIsNotUsedTooSoon(t *testing.T) {
 	up := pattern(1, 3<<20)
 	f := newFerry(t)
-	f.m.sendBuffer = 16 << 10
+	f.m.sendBuffer.Store(16 << 10)
 	c := f.echoed()
 	defer c.Close()
 	peerReads := hold(t, f.servers[0].cfg.Driver) // so that the tunnel has records which its socket does not take
