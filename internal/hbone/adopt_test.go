@@ -46,8 +46,7 @@ func TestAdoptedTunnelIsNotUsedTooSoon(t *testing.T) {
 	go func() { c.Write(up); c.CloseWrite() }()
 	opened := make(chan error, 1)
 	another := func(context.Context) (net.Conn, *tls.Config, error) { return nil, nil, errTest }
-	adopted := false
-	for !adopted {
+	for adopted := false; !adopted; time.Sleep(time.Millisecond) { // in which it goes on
 		f.pools[0].Handover(t.Context(), func(k Key, z *Frozen) bool {
 			if len(z.State.Unsent) == 0 {
 				return false // the connection has not filled the socket yet
@@ -98,7 +97,7 @@ func TestAdoptedTunnelIsCut(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	results := make(chan relay.Result, 2)
-	for adopted := false; !adopted; {
+	for adopted := false; !adopted; time.Sleep(time.Millisecond) {
 		f.servers[0].Handover(t.Context(), func(z *Frozen) bool {
 			st, files := crossed(t, z)
 			a, err := f.servers[1].Adopt(ctx, &st, files)
@@ -128,4 +127,39 @@ func TestAdoptedTunnelIsCut(t *testing.T) {
 		defer f.servers[1].mu.Unlock()
 		return len(f.servers[1].tunnels) == 0
 	})
+}
+
+// TestRefusedTunnelIsCut: a cut while a tunnel stands still for another process that then refuses it is not forgotten.
+func TestRefusedTunnelIsCut(t *testing.T) {
+	for name, cut := range map[string]func(f *ferry){
+		"pool":   func(f *ferry) { f.m.pool.Close() },
+		"server": func(f *ferry) { f.m.server.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFerry(t)
+			c := f.echoed()
+			defer c.Close()
+			frozen := false
+			refuse := func(*Frozen) bool {
+				frozen = true
+				cut(f)
+				return false
+			}
+			for ; !frozen; time.Sleep(time.Millisecond) {
+				if name == "pool" {
+					f.m.pool.Handover(t.Context(), func(_ Key, z *Frozen) bool { return refuse(z) })
+				} else {
+					f.m.server.Handover(t.Context(), refuse)
+				}
+			}
+			if _, err := io.ReadAll(c); !isReset(err) {
+				t.Errorf("the application saw %v", err)
+			}
+			await(t, "the ends", func() bool {
+				f.m.mu.Lock()
+				defer f.m.mu.Unlock()
+				return len(f.m.results) == 1 && len(f.m.inbound) == 1
+			})
+		})
+	}
 }

@@ -35,6 +35,7 @@ func (t *loopTunnel) lost(err error) {
 // bad record, close_notify.
 func (t *loopTunnel) fail(err error) {
 	if t.dead {
+		t.cut = err // of one that stands still, for resume
 		return
 	}
 	last := t.lastWords(err)

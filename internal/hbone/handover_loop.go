@@ -201,19 +201,31 @@ func (s *Stream) forget() {
 // resume goes on where stand stopped. What happened to the sockets meanwhile comes as their first event.
 func (t *loopTunnel) resume(apps []*loopApp) {
 	t.dead, t.err = false, nil
-	if err := t.w.loop.Add(t.fd, t); err != nil {
-		t.fail(err)
-		return
+	err := t.w.loop.Add(t.fd, t)
+	if err == nil {
+		err = t.cut
 	}
-	if t.timer != nil {
+	if err != nil {
+		t.fail(err)
+	} else if t.timer != nil {
 		t.timer.Reset(t.tc.ping)
 	}
-	for _, a := range apps {
-		t.goOn(a)
-	}
-	t.release()
+	t.goOnAll(apps)
 	t.markReading()
 	t.mark()
+}
+
+// goOnAll begins or resumes the relay of all sockets. One of them may end the tunnel, and the tunnel the others; those
+// whose streams are over outlive it.
+func (t *loopTunnel) goOnAll(apps []*loopApp) {
+	for _, a := range apps {
+		if !a.closed {
+			t.goOn(a)
+		}
+	}
+	if !t.dead {
+		t.release()
+	}
 }
 
 // goOn begins or resumes the relay of a socket.
@@ -331,14 +343,7 @@ func (t *loopTunnel) beginAdopted(unsent []byte, apps []*loopApp, kept []waiting
 	}
 	t.kept = kept
 	t.register()
-	for _, a := range apps {
-		if !a.closed {
-			t.goOn(a)
-		}
-	}
-	if !t.dead {
-		t.release()
-	}
+	t.goOnAll(apps)
 }
 
 // ends are the addresses of a TCP connection.

@@ -51,6 +51,7 @@ type loopTunnel struct {
 	timer  *time.Timer
 	dead   bool // it does nothing any more: ended, or standing still for another process (errFrozen)
 	err    error
+	cut    error // the end that was asked for while it stood still
 
 	keeping bool // new CONNECTs are kept, because the tunnel is about to be handed over
 	kept    []waiting
