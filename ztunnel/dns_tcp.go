@@ -11,9 +11,11 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/fairlead-mesh/fairlead/internal/loop"
+	"github.com/fairlead-mesh/fairlead/internal/mesh"
 	"github.com/fairlead-mesh/fairlead/internal/netns"
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 	"github.com/fairlead-mesh/fairlead/internal/route"
+	"github.com/fairlead-mesh/fairlead/internal/state"
 )
 
 const protocolTCP = "tcp"
@@ -21,18 +23,30 @@ const protocolTCP = "tcp"
 // dnsIdle is how long a connection to a resolver may be without a query.
 const dnsIdle = 10 * time.Second
 
-// serveDNS answers the queries on one connection of the pod's application, app, which it owns. A resolver that is itself
-// reached through the mesh is connected to as anything else is: the tunnel and the resolver's own policies come first.
+// serveDNS takes one connection of the pod's application, app, which it owns. A resolver that is itself reached through the
+// mesh is connected to as anything else is: the tunnel and the resolver's own policies come first. It runs on an event loop.
 func (p *Proxy) serveDNS(pod *pod, l *listener, app int, client netip.AddrPort) {
-	resolver, ok := p.plainResolver(pod, l, app)
-	if !ok {
-		p.serveOutbound(pod, l, app, client)
-		return
+	if snap, self := p.known(pod); self != nil {
+		if _, plain := plainResolver(snap, self, l, app); !plain {
+			p.serveOutbound(pod, l, app, client)
+			return
+		}
 	}
 	select {
 	case pod.dnsConnections <- struct{}{}:
+		go p.answerDNS(pod, l, app, client)
 	default:
+		p.metrics.limited(pod, limitDNSConnections)
 		loop.Reset(app)
+	}
+}
+
+// answerDNS answers the queries on a connection that has one of its pod's places, which it gives back.
+func (p *Proxy) answerDNS(pod *pod, l *listener, app int, client netip.AddrPort) {
+	resolver, plain := p.awaitResolver(pod, l, app)
+	if !plain {
+		<-pod.dnsConnections
+		p.serveOutbound(pod, l, app, client)
 		return
 	}
 	defer func() { <-pod.dnsConnections }()
@@ -46,16 +60,19 @@ func (p *Proxy) serveDNS(pod *pod, l *listener, app int, client netip.AddrPort) 
 	}})
 }
 
-// plainResolver is where the resolver that a connection was opened to is reached; false when that is by a tunnel, or not
-// known.
-func (p *Proxy) plainResolver(pod *pod, l *listener, app int) (netip.AddrPort, bool) {
-	asked, failed := l.asked(app)
+// awaitResolver is plainResolver as soon as the pod is known.
+func (p *Proxy) awaitResolver(pod *pod, l *listener, app int) (netip.AddrPort, bool) {
+	snap, self, failed := p.view(p.running, pod)
 	if failed != nil {
 		return netip.AddrPort{}, false
 	}
-	ctx, cancel := context.WithTimeout(p.running, setupTimeout)
-	defer cancel()
-	snap, self, failed := p.view(ctx, pod)
+	return plainResolver(snap, self, l, app)
+}
+
+// plainResolver is where the resolver that a connection was opened to is reached; false when that is by a tunnel, or not
+// known.
+func plainResolver(snap *state.Snapshot, self *mesh.Workload, l *listener, app int) (netip.AddrPort, bool) {
+	asked, failed := l.asked(app)
 	if failed != nil {
 		return netip.AddrPort{}, false
 	}

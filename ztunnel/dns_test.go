@@ -2,6 +2,7 @@ package ztunnel_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -9,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -119,7 +122,9 @@ func (s *shop) ask(p *pod, network, resolver, name string, kind uint16, change f
 	} else {
 		conn, err = netns.DialPacket(s.t.Context(), p.ns, 0, to)
 	}
-	s.must(err)
+	if err != nil {
+		return nil, err
+	}
 	defer conn.Close()
 	request := new(dns.Msg).SetQuestion(name, kind)
 	if change != nil {
@@ -322,6 +327,59 @@ func TestDNSIsBounded(t *testing.T) {
 		}
 		return nil
 	}, "the pod can ask again")
+}
+
+// TestDNSConnectionsAreBounded: also those that wait until the mesh knows their pod. Then they have their places back.
+func TestDNSConnectionsAreBounded(t *testing.T) {
+	s := newShop(t, nil)
+	s.serveResolver(fabric4)
+	unknown := s.pod("unknown", 5)
+	s.enrol(s.node1, unknown)
+	over := make(chan struct{})
+	var open sync.WaitGroup
+	try := func() error {
+		conn, err := dial(t.Context(), unknown.ns, net.JoinHostPort(fabric4, "53"))
+		if err != nil {
+			return err
+		}
+		open.Go(func() { <-over; conn.Close() })
+		conn.SetDeadline(time.Now().Add(time.Second))
+		_, err = conn.Read(make([]byte, 1))
+		return err
+	}
+	rounds := 0
+	s.eventually(func() error {
+		var resets atomic.Int32
+		var tries sync.WaitGroup
+		for range 65 {
+			tries.Go(func() {
+				if err := try(); errors.Is(err, syscall.ECONNRESET) {
+					resets.Add(1)
+				} else if !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("a connection that waits: %v", err)
+				}
+			})
+		}
+		tries.Wait()
+		if rounds++; rounds == 1 && resets.Load() > 1 {
+			t.Errorf("%d connections of 65 were reset, want 1", resets.Load())
+		}
+		if resets.Load() == 0 {
+			return errors.New("none was reset")
+		}
+		return nil
+	}, "one too many is reset at once")
+	checkMetrics(t, s.node1, "fairlead_pod_limit_hits_total{", `limit="dns_connections"`, `pod="unknown"`)
+	if reply, err := s.ask(s.client, "tcp", fabric4, "www.example.", dns.TypeA, nil); err != nil || reply.Rcode != dns.RcodeSuccess {
+		t.Errorf("another pod: %v %v", reply, err)
+	}
+	close(over)
+	open.Wait()
+	s.push(append(s.workloads, unknown.workload("node1", nil)), s.services, nil)
+	s.eventually(func() error {
+		_, err := s.ask(unknown, "tcp", fabric4, "www.example.", dns.TypeA, nil)
+		return err
+	}, "the pod is known")
 }
 
 // TestDNSBehindRules: where rules rewrite the queries' address to the proxy's port, the resolvers of the proxy's own

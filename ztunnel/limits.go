@@ -31,8 +31,11 @@ var defaultLimits = Limits{
 	Connections: 32768, Tunnels: 4096, PeerTunnels: 256, Streams: 1000, BufferedBytes: 256 << 20, HalfClosed: time.Hour,
 }
 
-// limitConnections is a limit beside those of package hbone.
-const limitConnections hbone.Limit = "connections"
+// Limits beside those of package hbone.
+const (
+	limitConnections    hbone.Limit = "connections"
+	limitDNSConnections hbone.Limit = "dns_connections"
+)
 
 // limitsFromEnv reads the limits; what is not said has its default.
 func limitsFromEnv(getenv func(string) string, errs *[]error) Limits {

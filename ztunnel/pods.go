@@ -218,7 +218,7 @@ func (p *pod) serve(proxy *Proxy) error {
 		case purposePlaintext:
 			err = p.accept(proxy, l, func(client int, from netip.AddrPort) { go proxy.servePassthrough(p, l, client, from) })
 		case purposeDNS:
-			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { go proxy.serveDNS(p, l, app, from) })
+			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { proxy.serveDNS(p, l, app, from) })
 		case purposeHBONE:
 			go func() {
 				// Tunnels outlive the pod's listeners, as connections do.

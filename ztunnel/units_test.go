@@ -241,7 +241,7 @@ func TestReasonsAreDocumented(t *testing.T) {
 			t.Errorf("no row for metric %s", c.Name)
 		}
 	}
-	for _, l := range []hbone.Limit{limitConnections, hbone.LimitTunnels, hbone.LimitPeerTunnels, hbone.LimitStreams, hbone.LimitBufferedBytes} {
+	for _, l := range []hbone.Limit{limitConnections, limitDNSConnections, hbone.LimitTunnels, hbone.LimitPeerTunnels, hbone.LimitStreams, hbone.LimitBufferedBytes} {
 		if !strings.Contains(string(text), "`"+string(l)+"`") {
 			t.Errorf("no word about limit %s", l)
 		}
