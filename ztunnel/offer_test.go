@@ -1,6 +1,7 @@
 package ztunnel
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net"
@@ -136,6 +137,29 @@ func TestPredecessorIsAwaitedOutOfDescriptors(t *testing.T) {
 	g.Close()
 	l.Close()
 	<-ended
+}
+
+// unsynced is a control plane that has said nothing yet.
+type unsynced struct{ configuration }
+
+func (unsynced) Synced() <-chan struct{} { return nil }
+
+// TestAcceptedIsRegistered: what a listener has given the proxy is seen by who asks, right then, whether all have ended.
+func TestAcceptedIsRegistered(t *testing.T) {
+	p := taker(t)
+	running, end := context.WithCancel(t.Context())
+	defer end()
+	p.running, p.source = running, unsynced{}
+	files, other := sockets(t, 1)
+	defer other.Close()
+	p.servePassthrough(p.pods.get("u"), &listener{slots: true}, files[0], netip.MustParseAddrPort("192.0.2.1:1"))
+	select {
+	case <-p.connections.drained():
+		t.Error("no connection is open")
+	default:
+	}
+	end()
+	<-p.connections.drained()
 }
 
 func jsonOf(t *testing.T, v any) string {

@@ -16,7 +16,8 @@ import (
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 )
 
-// servePassthrough carries one connection from a client outside the mesh, which it owns.
+// servePassthrough carries one connection from a client outside the mesh, which it owns. It runs on an event loop: when it
+// returns the connection is registered, so that a proxy that leaves its listeners waits for the last that they gave it.
 func (p *Proxy) servePassthrough(pod *pod, l *listener, fd int, from netip.AddrPort) {
 	asked, failed := l.asked(fd)
 	c := p.connections.open(pod, inbound, from, asked)
@@ -28,7 +29,7 @@ func (p *Proxy) servePassthrough(pod *pod, l *listener, fd int, from netip.AddrP
 		c.refuse(fd, failed)
 		return
 	}
-	p.sendBeside(c, fd, p.passThrough)
+	go p.sendBeside(c, fd, p.passThrough)
 }
 
 // passThrough decides and connects. Without a failure, client belongs to a relay.

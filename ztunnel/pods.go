@@ -216,7 +216,7 @@ func (p *pod) serve(proxy *Proxy) error {
 		case purposeOutbound:
 			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { proxy.serveOutbound(p, l, app, from) })
 		case purposePlaintext:
-			err = p.accept(proxy, l, func(client int, from netip.AddrPort) { go proxy.servePassthrough(p, l, client, from) })
+			err = p.accept(proxy, l, func(client int, from netip.AddrPort) { proxy.servePassthrough(p, l, client, from) })
 		case purposeDNS:
 			err = p.accept(proxy, l, func(app int, from netip.AddrPort) { proxy.serveDNS(p, l, app, from) })
 		case purposeHBONE:
