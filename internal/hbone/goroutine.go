@@ -293,6 +293,7 @@ func (t *goTunnel) read() {
 		if more := t.window.got(n); more > 0 {
 			t.m.Grow(more)
 		}
+		t.info.collect(t.m)
 		if ferr != nil {
 			t.fail(ferr)
 		} else if err != nil {

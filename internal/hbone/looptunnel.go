@@ -308,6 +308,7 @@ func (t *loopTunnel) read() int {
 	rest, err := t.records(r.b[:kept+n])
 	if !t.dead {
 		t.adapt(n)
+		t.info.collect(t.m)
 	}
 	t.w.feedApps(r)
 	t.tail = append(t.tail[:0], rest...)

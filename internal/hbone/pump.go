@@ -130,10 +130,7 @@ func (s *Stream) takeCut() (code uint32, cut bool) {
 func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 	s.mu.Lock()
 	ms := s.ms
-	if s.credit > 0 {
-		ms.Consumed(s.credit)
-		s.credit = 0
-	}
+	s.consumed()
 	s.blocked = false
 	if ms.Gone() || !s.mayWrite() {
 		s.mu.Unlock()
@@ -171,6 +168,33 @@ func (s *Stream) pump(out []byte, room int) (_ []byte, more bool) {
 		s.end(nil)
 	}
 	return out, more
+}
+
+// consumed tells the machine what Read has taken. s.mu is held.
+func (s *Stream) consumed() {
+	if s.credit > 0 {
+		s.ms.Consumed(s.credit)
+		s.credit = 0
+	}
+}
+
+// collect takes what was read of all streams of m, little of each, when the peer may send little more; from then on each
+// Read tells of it, since the peer may have nothing left to send that would bring collect here again.
+func (i *connInfo) collect(m *machine.Conn) {
+	low := m.Low()
+	if low == i.low.Load() {
+		return
+	}
+	i.low.Store(low) // first: a Read that takes its stream's lock after what follows sees it
+	if !low {
+		return
+	}
+	m.Each(func(ms *machine.Stream) {
+		s := ms.User.(*Stream)
+		s.mu.Lock()
+		s.consumed()
+		s.mu.Unlock()
+	})
 }
 
 // mayWrite says that DATA may be sent: the CONNECT was answered.

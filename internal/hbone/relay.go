@@ -154,7 +154,7 @@ func (s *Stream) took(n int) {
 	s.received.Add(int64(n))
 	s.mu.Lock()
 	s.credit += n
-	tell := s.credit >= creditRest
+	tell := s.credit >= creditRest || s.conn.low.Load()
 	s.mu.Unlock()
 	if tell {
 		s.t.poke(s)

@@ -17,8 +17,8 @@ import (
 // sendBuffer is how much Write keeps ahead of the tunnel, in bytes.
 const sendBuffer = 64 << 10
 
-// creditRest is how many bytes that were read the driver need not be told of, until the next poke: few enough that a
-// thousand such streams do not use up the connection's window.
+// creditRest is how many bytes that were read the driver need not be told of, until the next poke or until the peer may
+// send little more on the connection (connInfo.low).
 const creditRest = 4 << 10
 
 // Stream is one CONNECT stream, on either side: a net.Conn with half close and reset. It is used in one of two ways:
@@ -68,6 +68,7 @@ type carrier interface {
 type connInfo struct {
 	local, remote net.Addr
 	tls           *tls.ConnectionState
+	low           atomic.Bool // the peer may send little more on the connection: what is read is told at once
 }
 
 func newStream(t carrier, info *connInfo) *Stream {
@@ -125,7 +126,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 	}
 	if n > 0 || len(p) == 0 {
 		s.credit += n
-		tell := s.credit >= creditRest
+		tell := s.credit >= creditRest || s.conn.low.Load()
 		s.mu.Unlock()
 		s.received.Add(int64(n))
 		if tell {

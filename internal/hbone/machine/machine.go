@@ -232,6 +232,10 @@ func (c *Conn) tellCredit() {
 	c.out = appendUint32Frame(c.out, frameWindowUpdate, 0, uint32(n))
 }
 
+// Low says that the peer may send little more on the connection until more is Consumed, less than is left where all is
+// consumed at once.
+func (c *Conn) Low() bool { return c.recvWin < min(int64(c.cfg.ConnWindow)/4, c.underWay/2)/2 }
+
 // Grow lets the peer send n bytes more on the connection than before, at once or as BoundUnderWay allows.
 func (c *Conn) Grow(n int) {
 	if c.err == nil {
