@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,17 +15,11 @@ import (
 // FindCgroup2 returns where the cgroup2 hierarchy is mounted, which on machines that have both hierarchies is not
 // /sys/fs/cgroup itself. mounts is the path of a mount table, as /proc/self/mounts.
 func FindCgroup2(mounts string) (string, error) {
-	f, err := os.Open(mounts)
-	if err != nil {
-		return "", err
+	at, found, err := findMount(mounts, func(_, _, kind string) bool { return kind == "cgroup2" })
+	if err == nil && !found {
+		err = fmt.Errorf("no cgroup2 file system in %s", mounts)
 	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if fields := strings.Fields(lines.Text()); len(fields) > 2 && fields[2] == "cgroup2" {
-			return fields[1], nil
-		}
-	}
-	return "", fmt.Errorf("no cgroup2 file system in %s", mounts)
+	return at, err
 }
 
 // CgroupID returns the number by which the kernel knows a cgroup2 directory.

@@ -4,11 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"maps"
 	"net/netip"
 	"slices"
-
-	"github.com/cilium/ebpf"
 
 	"github.com/fairlead-mesh/fairlead/internal/mesh"
 )
@@ -139,30 +136,18 @@ func (n *Node) putExclusions(wanted entries) error {
 }
 
 func (n *Node) dropExclusions(cookie uint64, wanted entries) error {
-	return errors.Join(
-		drop(n.maps.Exclusions, wanted.numbers, func(k connectExclusionKey) bool { return k.Netns == cookie }),
-		drop(n.maps.ExcludedNetworks, wanted.networks, func(k connectNetworkKey) bool { return k.cookie() == cookie }),
+	err := errors.Join(
+		deleteEach(n.maps.Exclusions, func(k connectExclusionKey, _ connectCapture) bool {
+			_, keep := wanted.numbers[k]
+			return k.Netns == cookie && !keep
+		}),
+		deleteEach(n.maps.ExcludedNetworks, func(k connectNetworkKey, _ connectCapture) bool {
+			_, keep := wanted.networks[k]
+			return k.cookie() == cookie && !keep
+		}),
 	)
-}
-
-// drop deletes the keys that are the pod's and not wanted.
-func drop[K comparable](m *ebpf.Map, wanted map[K]connectCapture, own func(K) bool) error {
-	var key K
-	var what connectCapture
-	stale := map[K]bool{}
-	all := m.Iterate()
-	for all.Next(&key, &what) {
-		if _, ok := wanted[key]; own(key) && !ok {
-			stale[key] = true
-		}
-	}
-	if err := all.Err(); err != nil {
-		return fmt.Errorf("list exclusions: %w", err)
-	}
-	for key := range maps.Keys(stale) {
-		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("remove an exclusion: %w", err)
-		}
+	if err != nil {
+		return fmt.Errorf("remove the pod's exclusions: %w", err)
 	}
 	return nil
 }

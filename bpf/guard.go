@@ -371,22 +371,9 @@ func (n *Node) forgetWires(cookie uint64) error {
 	if n.guard.Wires == nil {
 		return nil
 	}
-	var own []uint32
-	var index uint32
-	var wire guardWire
-	entries := n.guard.Wires.Iterate()
-	for entries.Next(&index, &wire) {
-		if wire.Netns == cookie {
-			own = append(own, index)
-		}
-	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("list the guard's interfaces: %w", err)
-	}
-	for _, index := range own {
-		if err := n.guard.Wires.Delete(index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("forget the pod's interface %d: %w", index, err)
-		}
+	err := deleteEach(n.guard.Wires, func(_ uint32, wire guardWire) bool { return wire.Netns == cookie })
+	if err != nil {
+		return fmt.Errorf("forget the pod's interfaces: %w", err)
 	}
 	return nil
 }

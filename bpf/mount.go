@@ -107,18 +107,26 @@ func unmount(dir string) error {
 	return removeEmpty(dir)
 }
 
-// mounted tells whether this package has mounted the file system on a directory.
+// mounted tells whether this package has mounted the file system on a directory, as the mount namespace of the thread has it.
 func mounted(dir string) (bool, error) {
-	table, err := os.ReadFile("/proc/thread-self/mounts") // of the mount namespace that the thread is in
+	_, found, err := findMount("/proc/thread-self/mounts", func(source, at, kind string) bool {
+		return source == mountSource && at == dir && kind == "bpf"
+	})
+	return found, err
+}
+
+// findMount is where the first file system of a mount table, as /proc/self/mounts, is mounted that is the one.
+func findMount(table string, isIt func(source, at, kind string) bool) (at string, found bool, err error) {
+	text, err := os.ReadFile(table)
 	if err != nil {
-		return false, err
+		return "", false, err
 	}
-	for line := range strings.Lines(string(table)) {
-		if fields := strings.Fields(line); len(fields) > 2 && fields[0] == mountSource && fields[1] == dir && fields[2] == "bpf" {
-			return true, nil
+	for line := range strings.Lines(string(text)) {
+		if fields := strings.Fields(line); len(fields) > 2 && isIt(fields[0], fields[1], fields[2]) {
+			return fields[1], true, nil
 		}
 	}
-	return false, nil
+	return "", false, nil
 }
 
 // removeEmpty removes a directory, unless somebody has something in it.

@@ -241,21 +241,30 @@ func (n *Node) EnsureProxy(pid int) error {
 
 // forgetProxies makes room by forgetting cgroups that no longer exist.
 func (n *Node) forgetProxies(alive map[uint64]bool) error {
-	var id uint64
-	var one uint32
-	var gone []uint64
-	entries := n.maps.Proxies.Iterate()
-	for entries.Next(&id, &one) {
-		if !alive[id] {
-			gone = append(gone, id)
+	if err := deleteEach(n.maps.Proxies, func(id uint64, _ uint32) bool { return !alive[id] }); err != nil {
+		return fmt.Errorf("forget proxies' cgroups: %w", err)
+	}
+	return nil
+}
+
+// deleteEach deletes the entries of a map that gone says yes to, once it has seen all: an iteration whose entries go may
+// begin anew.
+func deleteEach[K comparable, V any](m *ebpf.Map, gone func(K, V) bool) error {
+	var key K
+	var value V
+	keys := map[K]bool{}
+	all := m.Iterate()
+	for all.Next(&key, &value) {
+		if gone(key, value) {
+			keys[key] = true
 		}
 	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("list proxies: %w", err)
+	if err := all.Err(); err != nil {
+		return fmt.Errorf("list entries: %w", err)
 	}
-	for _, id := range gone {
-		if err := n.maps.Proxies.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("forget a proxy's cgroup: %w", err)
+	for key := range keys {
+		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete an entry: %w", err)
 		}
 	}
 	return nil

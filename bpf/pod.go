@@ -95,19 +95,11 @@ func (n *Node) putPodAddrs(cookie uint64, addrs, old []connectAddr) error {
 
 // removePodAddrs takes all addresses of a pod away, also those of one that was half made. It looks at every pod's.
 func (n *Node) removePodAddrs(cookie uint64) error {
-	var own []connectAddr
-	var addr connectAddr
-	var owner uint64
-	entries := n.maps.PodAddrs.Iterate()
-	for entries.Next(&addr, &owner) {
-		if owner == cookie {
-			own = append(own, addr)
-		}
+	err := deleteEach(n.maps.PodAddrs, func(_ connectAddr, owner uint64) bool { return owner == cookie })
+	if err != nil {
+		return fmt.Errorf("remove the pod's addresses: %w", err)
 	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("list pod addresses: %w", err)
-	}
-	return n.deletePodAddrs(own)
+	return nil
 }
 
 func (n *Node) deletePodAddrs(addrs []connectAddr) error {
