@@ -1,15 +1,10 @@
 package hbone
 
 import (
-	"context"
-	"crypto/tls"
 	"io"
-	"net"
 	"net/http"
 	"testing"
 	"time"
-
-	"golang.org/x/net/http2"
 
 	"github.com/fairlead-mesh/fairlead/internal/relay"
 )
@@ -18,30 +13,13 @@ import (
 // taken anything back: Read and a relay give all of its bytes and an orderly end, also when the relay begins late.
 func TestPeerWantsNoMore(t *testing.T) {
 	drivers(t, func(t *testing.T, client, _ Driver) {
-		ccfg, scfg := identity(t)
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
 		body := pattern(1, 200_000)
-		go accept(ln, func(c *net.TCPConn) {
-			tc := tls.Server(c, scfg)
-			if tc.Handshake() != nil {
-				return
-			}
-			(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				w.WriteHeader(200)
-				w.Write(body)
-			})})
+		p, _ := newHTTP2Peer(t, client, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(200)
+			w.Write(body)
 		})
-		pool := NewPool(PoolConfig{Driver: client})
-		defer pool.Close()
 		open := func() *Stream {
-			s, err := pool.Open(t.Context(), dialKey(ln.Addr()), func(context.Context) (net.Conn, *tls.Config, error) {
-				c, err := net.Dial("tcp", ln.Addr().String())
-				return c, ccfg, err
-			}, Request{Authority: "a:1"})
+			s, err := p.open(t.Context(), Request{Authority: "a:1"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -79,31 +57,12 @@ func TestPeerWantsNoMore(t *testing.T) {
 // the application still gets all, and an orderly end.
 func TestQueueOutlivesTheTunnel(t *testing.T) {
 	drivers(t, func(t *testing.T, client, _ Driver) {
-		ccfg, scfg := identity(t)
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
 		body := pattern(1, 3<<20)
-		conns := make(chan net.Conn, 1)
-		go accept(ln, func(c *net.TCPConn) {
-			tc := tls.Server(c, scfg)
-			if tc.Handshake() != nil {
-				return
-			}
-			conns <- c
-			(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				w.WriteHeader(200)
-				w.Write(body)
-			})})
+		p, conns := newHTTP2Peer(t, client, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(200)
+			w.Write(body)
 		})
-		pool := NewPool(PoolConfig{Driver: client})
-		defer pool.Close()
-		s, err := pool.Open(t.Context(), dialKey(ln.Addr()), func(context.Context) (net.Conn, *tls.Config, error) {
-			c, err := net.Dial("tcp", ln.Addr().String())
-			return c, ccfg, err
-		}, Request{Authority: "a:1"})
+		s, err := p.open(t.Context(), Request{Authority: "a:1"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -114,7 +73,7 @@ func TestQueueOutlivesTheTunnel(t *testing.T) {
 		s.Relay(far, func(r relay.Result) { done <- r })
 		await(t, "the end of the stream", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.over })
 		(<-conns).Close()
-		await(t, "the end of the tunnel", func() bool { return pool.Tunnels() == 0 })
+		await(t, "the end of the tunnel", func() bool { return p.pool.Tunnels() == 0 })
 		app.SetDeadline(time.Now().Add(20 * time.Second))
 		if got, err := io.ReadAll(app); err != nil || string(got) != string(body) {
 			t.Errorf("the application got %d bytes, %v", len(got), err)

@@ -400,47 +400,55 @@ func TestServesNetHTTP2Client(t *testing.T) {
 	})
 }
 
+// newHTTP2Peer is a pool whose peer is golang.org/x/net/http2's server. It gives the connections that the server has.
+func newHTTP2Peer(t *testing.T, client Driver, handler http.HandlerFunc) (*pair, <-chan net.Conn) {
+	t.Helper()
+	ccfg, scfg := identity(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conns := make(chan net.Conn, 10)
+	go accept(ln, func(c *net.TCPConn) {
+		tc := tls.Server(c, scfg)
+		if tc.Handshake() != nil {
+			return
+		}
+		conns <- c
+		(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: handler})
+	})
+	p := &pair{pool: NewPool(PoolConfig{Driver: client}), key: dialKey(ln.Addr())}
+	p.dial = func(context.Context) (net.Conn, *tls.Config, error) {
+		c, err := net.Dial("tcp", ln.Addr().String())
+		return c, ccfg, err
+	}
+	t.Cleanup(func() { p.pool.Close(); ln.Close() })
+	return p, conns
+}
+
 // TestUsesNetHTTP2Server has golang.org/x/net/http2's server as the peer.
 func TestUsesNetHTTP2Server(t *testing.T) {
 	drivers(t, func(t *testing.T, client, _ Driver) {
-		ccfg, scfg := identity(t)
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		go accept(ln, func(c *net.TCPConn) {
-			tc := tls.Server(c, scfg)
-			if tc.Handshake() != nil {
+		p, _ := newHTTP2Peer(t, client, func(w http.ResponseWriter, r *http.Request) {
+			if r.Host == "denied:1" {
+				w.WriteHeader(401)
 				return
 			}
-			(&http2.Server{}).ServeConn(tc, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if r.Host == "denied:1" {
-					w.WriteHeader(401)
+			w.WriteHeader(200)
+			rc := http.NewResponseController(w)
+			rc.Flush()
+			b := make([]byte, 30000)
+			for {
+				n, err := r.Body.Read(b)
+				w.Write(b[:n])
+				rc.Flush()
+				if err != nil {
 					return
 				}
-				w.WriteHeader(200)
-				rc := http.NewResponseController(w)
-				rc.Flush()
-				b := make([]byte, 30000)
-				for {
-					n, err := r.Body.Read(b)
-					w.Write(b[:n])
-					rc.Flush()
-					if err != nil {
-						return
-					}
-				}
-			})})
+			}
 		})
-		pool := NewPool(PoolConfig{Driver: client})
-		defer pool.Close()
-		dial := func(ctx context.Context) (net.Conn, *tls.Config, error) {
-			c, err := net.Dial("tcp", ln.Addr().String())
-			return c, ccfg, err
-		}
 		for _, n := range []int{0, 1, 70000, 9 << 20} {
-			s, err := pool.Open(t.Context(), dialKey(ln.Addr()), dial, Request{Authority: "10.0.0.1:80"})
+			s, err := p.open(t.Context(), Request{Authority: "10.0.0.1:80"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -450,7 +458,7 @@ func TestUsesNetHTTP2Server(t *testing.T) {
 				t.Errorf("%d bytes: %d came back, %v", n, len(got), err)
 			}
 		}
-		_, err = pool.Open(t.Context(), dialKey(ln.Addr()), dial, Request{Authority: "denied:1"})
+		_, err := p.open(t.Context(), Request{Authority: "denied:1"})
 		var status *StatusError
 		if !errors.As(err, &status) || status.Code != 401 {
 			t.Errorf("denied gives %v", err)

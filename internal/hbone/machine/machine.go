@@ -224,7 +224,7 @@ func (c *Conn) giveConn(n int64) {
 // may hold most of the window, and the others go on with the rest.
 func (c *Conn) tellCredit() {
 	n := min(c.credit, c.underWay-c.recvWin)
-	if n < min(int64(c.cfg.ConnWindow)/4, c.underWay/2) && n < max(c.recvWin, tinyWindow) {
+	if n < c.muchCredit() && n < max(c.recvWin, tinyWindow) {
 		return
 	}
 	c.recvWin += n
@@ -234,7 +234,10 @@ func (c *Conn) tellCredit() {
 
 // Low says that the peer may send little more on the connection until more is Consumed, less than is left where all is
 // consumed at once.
-func (c *Conn) Low() bool { return c.recvWin < min(int64(c.cfg.ConnWindow)/4, c.underWay/2)/2 }
+func (c *Conn) Low() bool { return c.recvWin < c.muchCredit()/2 }
+
+// muchCredit is how much credit is told whatever the peer has left, in bytes.
+func (c *Conn) muchCredit() int64 { return min(int64(c.cfg.ConnWindow)/4, c.underWay/2) }
 
 // Grow lets the peer send n bytes more on the connection than before, at once or as BoundUnderWay allows.
 func (c *Conn) Grow(n int) {
